@@ -1,0 +1,46 @@
+"""Build hook: turns `camserve/v1/*.proto` into Python stubs beside them.
+
+Called by hatchling for every wheel and editable install, and by `make stubs`. The stubs are never committed. grpcio-tools is
+pinned in pyproject.toml because its newest releases write code that refuses protobuf 6.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from grpc_tools import protoc
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+PROTO_ROOT = Path(__file__).resolve().parent
+
+
+def generate(root: Path = PROTO_ROOT) -> None:
+    """Writes `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` for every proto below `root`.
+
+    Raises:
+        RuntimeError: protoc refused a file; its own message is on standard error.
+    """
+    protos = sorted(str(path.relative_to(root)) for path in root.glob("camserve/**/*.proto"))
+    well_known = str(files("grpc_tools") / "_proto")
+    google_rpc = str(Path(str(files("google.rpc"))).parents[1])
+    arguments = ["protoc", f"-I{root}", f"-I{google_rpc}", f"-I{well_known}"]
+    arguments += [f"--{kind}_out={root}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main([*arguments, *protos]) != 0:
+        raise RuntimeError(f"protoc failed on {', '.join(protos)}; see its message above")
+
+
+class StubsHook(BuildHookInterface[Any]):
+    """Runs `generate` before hatchling collects files."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
+        """Generates the stubs, whatever kind of build this is."""
+        generate()
+
+
+if __name__ == "__main__":
+    sys.exit(generate())
