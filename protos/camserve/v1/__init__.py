@@ -1,0 +1,1 @@
+"""The wire contract of camserve: generated from the `.proto` files beside this module."""
