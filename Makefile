@@ -1,0 +1,62 @@
+# Everything a person or CI does here. Needs Python >= 3.11, git and make; the rest is put into .venv.
+#   make demo    explain the sample images with the shipped model and write report/report.html
+#   make test    the suite          make test-slow   the long suites
+#   make check   format, lint, types, protos, import rules
+#   make serve   a server on port 50051 with the demo model
+#   make bench   the benchmarks
+# TORCH_BACKEND=cpu (or cu128, auto …) picks the torch build, for machines without a GPU.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH_BACKEND ?=
+PROTOS := $(wildcard protos/camserve/v1/*.proto)
+
+.PHONY: demo test test-slow check format serve bench stubs train clean
+
+# uv from the machine if it is there, else from PyPI into the environment.
+$(INSTALLED): pyproject.toml protos/generate_stubs.py $(PROTOS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" uv pip install --quiet \
+		$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --editable '.[server,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/camserve demo --out report
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow --timeout 3600
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@mkdir -p build/googleapis/google && cp -r "$$($(BIN)/python -c 'import google.rpc; print(google.rpc.__path__[0])')" build/googleapis/google/
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code protos
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/buf format --write protos
+
+serve: $(INSTALLED)
+	$(BIN)/camserve serve
+
+bench: $(INSTALLED)
+	$(BIN)/pytest tests/benchmarks -m benchmark -s
+
+train: $(INSTALLED)
+	$(BIN)/python -m camserve.server.demo.train
+
+stubs: $(INSTALLED)
+	$(BIN)/python protos/generate_stubs.py
+
+clean:
+	rm -rf $(VENV) build dist report
