@@ -37,7 +37,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@mkdir -p build/googleapis/google && cp -r "$$($(BIN)/python -c 'import google.rpc; print(google.rpc.__path__[0])')" build/googleapis/google/
+	@mkdir -p build/googleapis/google && cp -r "$$($(BIN)/python -c 'import google.rpc.status_pb2 as m, os; print(os.path.dirname(m.__file__))')" build/googleapis/google/
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
 

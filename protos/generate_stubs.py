@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PROTO_ROOT = Path(__file__).resolve().parent
+
+
+def _site_of(module: str, *, levels: int) -> Path:
+    """The folder `levels` packages above a module; `google` is a namespace of many distributions, so a package has no one path."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"{module} is missing; install googleapis-common-protos")
+    return Path(spec.origin).parents[levels]
 
 
 def generate(root: Path = PROTO_ROOT) -> None:
@@ -25,7 +34,7 @@ def generate(root: Path = PROTO_ROOT) -> None:
     """
     protos = sorted(str(path.relative_to(root)) for path in root.glob("camserve/**/*.proto"))
     well_known = str(files("grpc_tools") / "_proto")
-    google_rpc = str(Path(str(files("google.rpc"))).parents[1])
+    google_rpc = str(_site_of("google.rpc.status_pb2", levels=2))
     arguments = ["protoc", f"-I{root}", f"-I{google_rpc}", f"-I{well_known}"]
     arguments += [f"--{kind}_out={root}" for kind in ("python", "pyi", "grpc_python")]
     if protoc.main([*arguments, *protos]) != 0:
