@@ -1,0 +1,108 @@
+"""Every instrument camserve exports, declared once, with units and buckets.
+
+`app.py` makes one `Metrics` for a server; the pipeline, the door, the dispatcher and the access record write to it, and the HTTP
+page of `health.py` reads its registry. Layers are never a label: their number has no bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+__all__ = ["Metrics"]
+
+# Seconds. Fine below 100 ms, where a production line decides, and up to a minute, where amplified methods live.
+LATENCY_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
+)  # fmt: skip
+COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The instruments of one server, in a registry of their own so that several servers fit into one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.build = Info("camserve_build", "Version of camserve and of torch.", registry=registry)
+        self.requests = Counter(
+            "camserve_requests_total",
+            "Finished Explain calls by gRPC status code.",
+            ["model", "version", "code"],
+            registry=registry,
+        )
+        self.explanations = Counter(
+            "camserve_explanations_total",
+            "Finished explanations (specs) by method; outcome is ok or the error's reason.",
+            ["model", "method", "outcome"],
+            registry=registry,
+        )
+        self.rejected = Counter(
+            "camserve_rejected_total",
+            "Requests refused at the door, before any decoding.",
+            ["reason"],
+            registry=registry,
+        )
+        self.cancelled = Counter(
+            "camserve_cancelled_total",
+            "Requests whose caller left or whose deadline passed, by the stage they were in.",
+            ["stage"],
+            registry=registry,
+        )
+        self.in_flight = Gauge("camserve_requests_in_flight", "Requests past the door.", registry=registry)
+        self.queue_depth = Gauge("camserve_queue_depth", "Decoded requests waiting for the device.", registry=registry)
+        self.queue_bytes = Gauge("camserve_queue_bytes", "Bytes held for requests past the door.", registry=registry)
+        self.oldest_wait = Gauge(
+            "camserve_oldest_wait_seconds",
+            "Age of the oldest request that waits for the device.",
+            registry=registry,
+        )
+        self.request_seconds = self._latency(
+            "camserve_request_seconds", "From arrival of a request to its last message.", ["model"]
+        )
+        self.first_message_seconds = self._latency(
+            "camserve_first_message_seconds", "From arrival of a request to its prediction.", ["model"]
+        )
+        self.decode_seconds = self._latency(
+            "camserve_decode_seconds", "Decoding and preprocessing of one input.", ["model"]
+        )
+        self.queue_seconds = self._latency(
+            "camserve_queue_seconds", "From decoded to on the device, one request.", ["model"]
+        )
+        self.pass_seconds = self._latency(
+            "camserve_pass_seconds",
+            "Device time of one shared pass by phase: forward, backward, maps.",
+            ["model", "phase"],
+        )
+        self.encode_seconds = self._latency("camserve_encode_seconds", "Encoding of one heatmap.", ["encoding"])
+        self.batch_rows = Histogram(
+            "camserve_batch_rows",
+            "Rows in one pass; its count is the number of passes, its sum the rows run.",
+            ["model"],
+            buckets=COUNT_BUCKETS,
+            registry=registry,
+        )
+        self.explanations_per_pass = Histogram(
+            "camserve_explanations_per_pass",
+            "Explanations (specs) that shared one pass.",
+            ["model"],
+            buckets=COUNT_BUCKETS,
+            registry=registry,
+        )
+        self.device_busy = Counter(
+            "camserve_device_busy_seconds_total", "Time in which the device thread ran a pass.", registry=registry
+        )
+        self.model_ready = Gauge(
+            "camserve_model_ready", "1 for a model version that answers.", ["model", "version"], registry=registry
+        )
+        self.draining = Gauge("camserve_draining", "1 while the server is shutting down.", registry=registry)
+
+    def _latency(self, name: str, documentation: str, labels: list[str]) -> Histogram:
+        return Histogram(name, documentation, labels, buckets=LATENCY_BUCKETS, registry=self.registry)
+
+    def watch_queue(self, depth: Callable[[], float], held_bytes: Callable[[], float], oldest: Callable[[], float]) -> None:
+        """Lets the gauges of the queue read it when they are scraped, so that they are never stale."""
+        self.queue_depth.set_function(depth)
+        self.queue_bytes.set_function(held_bytes)
+        self.oldest_wait.set_function(oldest)

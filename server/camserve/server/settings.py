@@ -1,0 +1,84 @@
+"""Every setting of a server: its default, its unit, and why someone would change it.
+
+The only reader of the environment (`CAMSERVE_…`) and of the configuration file; `cli.py` passes flags in. Frozen and validated,
+then handed to `app.py` as plain values.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+__all__ = ["Settings", "load_settings"]
+
+
+class Settings(BaseSettings):
+    """A server's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="CAMSERVE_", frozen=True, extra="forbid", protected_namespaces=())
+
+    listen: str = Field("0.0.0.0:50051", description="Address and port for gRPC; port 0 picks a free one.")
+    metrics_listen: str = Field("0.0.0.0:8002", description="Address and port for the metrics page; empty for none.")
+    repository: Path | None = Field(None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt.")
+    device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")
+    torch_threads: int = Field(0, ge=0, description="Threads of one pass on CPU; 0 takes one for each core.")
+    decode_threads: int = Field(0, ge=0, description="Threads that decode and encode; 0 takes one for each core.")
+    max_batch_rows: int = Field(16, ge=1, le=1024, description="Most rows in one pass; a model's card may say less.")
+    batch_window_seconds: float = Field(
+        0.005, ge=0, le=1, description="How long a pass may wait for requests that are being decoded right now."
+    )
+    max_requests: int = Field(256, ge=1, description="Most requests past the door at once; more are told to come back.")
+    max_held_bytes: int = Field(1 << 30, ge=1 << 20, description="Most bytes of inputs held at once.")
+    max_request_bytes: int = Field(64 << 20, ge=1 << 16, description="Largest request message.")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, judged by its header before decoding.")
+    max_specs: int = Field(32, ge=1, description="Most explanations in one request.")
+    max_maps: int = Field(128, ge=1, description="Most maps in one request, over all its explanations.")
+    drain_delay_seconds: float = Field(
+        5.0, ge=0, description="Between not ready and refusing: time for balancers to notice. 0 in tests."
+    )
+    drain_seconds: float = Field(30.0, ge=0, description="Time to finish accepted requests on shutdown.")
+    log_format: Literal["console", "json"] = Field("console", description="Log lines for people or for machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value and not value.rpartition(":")[2].isdigit():
+            raise ValueError(f"{value!r} is not an address; write host:port, such as 0.0.0.0:50051")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if value not in {"auto", "cpu", "cuda"} and not (value.startswith("cuda:") and value[5:].isdigit()):
+            raise ValueError(f"{value!r} is not a device; write auto, cpu, cuda or cuda:0")
+        return value
+
+    @property
+    def decoders(self) -> int:
+        """Number of decode threads, resolved."""
+        return self.decode_threads or len(os.sched_getaffinity(0))
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Builds settings: flags over environment over configuration file over defaults.
+
+    Args:
+        config: a TOML file whose top-level keys are setting names.
+        flags: values from the command line; None means not given.
+
+    Raises:
+        ValueError: an unknown or invalid setting; the text names it (pydantic's ValidationError is a ValueError).
+    """
+    from_file: dict[str, Any] = {}
+    if config is not None:
+        from_file = tomllib.loads(config.read_text(encoding="utf-8"))
+    given = {name: value for name, value in flags.items() if value is not None}
+    in_environment = {name for name in Settings.model_fields if f"CAMSERVE_{name.upper()}" in os.environ}
+    kept = {name: value for name, value in from_file.items() if name not in in_environment}
+    return Settings(**{**kept, **given})
