@@ -1,0 +1,62 @@
+"""Eager models: an `nn.Module` in this process, built by a factory or handed over by its owner, becomes a `Program`.
+
+Taps are forward hooks that live for one forward; calls are known after the first one. `factories.py` builds the modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from camserve.server.engine.hooked import HookedProgram
+from camserve.server.engine.program import ProgramKind
+
+__all__ = ["EagerProgram"]
+
+
+class EagerProgram(HookedProgram):
+    """A `Program` over an eager module.
+
+    Constructing it is the one time the module changes: it is moved to `device` and `dtype`, put in eval mode, and its
+    parameters are frozen with `requires_grad_(False)`, in place and for good. Whoever wants to train it on passes a copy.
+    Afterwards it is left as it was by every call, also by one that raises: no hooks, no `.grad`, no changed buffer.
+
+    A module that is registered under two paths is known by the first; the other is refused. `cut` resumes by running the
+    model again with what the front remembered (see `rerun.py`): exact, at the price of holding the outputs of the modules
+    before the tap.
+
+    Args:
+        module: takes tensors, returns a tensor or a structure of tensors.
+        device: where it runs.
+        dtype: the floating dtype it computes in.
+    """
+
+    def __init__(self, module: nn.Module, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        paths = [(path, child) for path, child in module.named_modules() if path]
+        first = {id(child): path for path, child in paths}
+        everything = ((path, first.get(id(child), "")) for path, child in module.named_modules(remove_duplicate=False))
+        super().__init__(
+            kind=ProgramKind.EAGER,
+            module=module,
+            paths=paths,
+            aliases={path: known for path, known in everything if path != known and known},
+            code=_code_of(module),
+            device=torch.device(device),
+            dtype=dtype,
+        )
+
+
+def _code_of(module: nn.Module) -> str:
+    """The module tree and the source of every class in it; classes without source count by name."""
+    sources = {}
+    for child in module.modules():
+        kind = type(child)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name not in sources:
+            try:
+                sources[name] = inspect.getsource(kind)
+            except (OSError, TypeError):
+                sources[name] = ""
+    return "\n".join([repr(module), *(f"{name}\n{sources[name]}" for name in sorted(sources))])

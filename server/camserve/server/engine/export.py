@@ -1,0 +1,81 @@
+"""`.pt2` archives written by `torch.export.save` become a `Program`.
+
+Arrives: a path or an open file. Leaves: an `ExportProgram`. The archive's flat graph is unflattened into modules again, since
+hooks on `ExportedProgram.module()` never fire; outputs, activations and gradients stay bit-equal to the eager model's.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import nn
+from torch.export.passes import move_to_device_pass
+
+from camserve.server.engine.hooked import HookedProgram
+from camserve.server.engine.program import ProgramKind
+from camserve.server.errors import InvalidRequest, Reason
+
+__all__ = ["ExportProgram", "load_export"]
+
+# Calls of one module whose graphs differ are unflattened into modules of their own: `relu`, `relu@1`, `relu@2`.
+_CALL_SUFFIX = re.compile(r"@\d+")
+
+
+class ExportProgram(HookedProgram):
+    """A `Program` over an exported one.
+
+    What tracing left out is not there: a layer that did nothing (Identity) is never called, an output of a layer that nothing
+    used is gone, and dictionary keys of a layer's outputs are numbers (the model's own output keeps its keys). Sizes that were
+    not exported as dynamic are refused by the archive itself with a RuntimeError; the probe finds out which batch sizes work.
+
+    Args:
+        exported: as loaded; it is not used again by anyone else.
+        device: where it runs; the graph's own constants and devices are moved too.
+        dtype: parameters and buffers are cast to it. Casts that are written in the graph keep their dtype, so that an archive
+            exported in float32 may refuse to run in another.
+    """
+
+    def __init__(
+        self,
+        exported: torch.export.ExportedProgram,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        moved = move_to_device_pass(exported, torch.device(device))
+        module: nn.Module = torch.export.unflatten(moved)
+        super().__init__(
+            kind=ProgramKind.EXPORT,
+            module=module,
+            paths=[(_CALL_SUFFIX.sub("", path), child) for path, child in module.named_modules() if path],
+            aliases={},
+            code=str(exported.graph),
+            device=torch.device(device),
+            dtype=dtype,
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by the names they had in the eager model."""
+        return {_CALL_SUFFIX.sub("", name): tensor for name, tensor in super().tensors().items()}
+
+
+def load_export(
+    source: Path | BinaryIO, *, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> ExportProgram:
+    """Loads a `.pt2` archive.
+
+    Raises:
+        InvalidRequest: the file is not an archive of `torch.export.save`, or of a version this PyTorch cannot read.
+    """
+    try:
+        exported = torch.export.load(source)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"cannot read {source} as a torch.export archive: {error}; write it with torch.export.save (a '.pt2' file)",
+            metadata={"source": source},
+        ) from error
+    return ExportProgram(exported, device=device, dtype=dtype)

@@ -1,0 +1,208 @@
+"""The part of a program that eager models and unflattened exports share: both are an `nn.Module` that hooks can tap.
+
+Arrives: a module that this program owns from now on. Leaves: outputs and activations, by the rules of `Program`. `eager.py`
+and `export.py` construct it; the hooks themselves are in `hooks.py`, cuts in `rerun.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from camserve.server.engine.digests import digest_tensors
+from camserve.server.engine.hooks import Taps, plain_attention, recorded, tapped
+from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.rerun import RerunCut
+from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
+
+__all__ = ["HookedProgram"]
+
+_NAMES_IN_A_MESSAGE = 12
+
+
+class HookedProgram:
+    """A `Program` over an `nn.Module`: hooks during a forward, none before or after.
+
+    Which calls a forward makes is seen by running one. `calls()` therefore needs a forward first, with the model's own input;
+    later ones are expected to make the same calls, and one that calls a tapped layer another number of times is refused.
+
+    Args:
+        kind: named by refusals.
+        module: moved to `device` and `dtype`, put in eval mode and frozen, all in place and for good.
+        paths: the path each submodule is known by; several modules may share one.
+        aliases: paths that name a module already in `paths`, with that module's path.
+        code: what the code digest is over.
+        device: where it runs.
+        dtype: the floating dtype it computes in.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: ProgramKind,
+        module: nn.Module,
+        paths: Sequence[tuple[str, nn.Module]],
+        aliases: Mapping[str, str],
+        code: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kind = kind
+        self._module = module.to(device=device, dtype=dtype).eval().requires_grad_(requires_grad=False)
+        # TorchScript submodules take no hooks; they run, but none of their insides can be tapped here.
+        self._modules = [(path, child) for path, child in paths if not isinstance(child, torch.jit.ScriptModule)]
+        self._aliases = aliases
+        self._code = code
+        self._device = device
+        self._dtype = dtype
+        self._calls: tuple[Call, ...] | None = None
+
+    @property
+    def kind(self) -> ProgramKind:
+        """The file's kind."""
+        return self._kind
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype the program computes in."""
+        return self._dtype
+
+    def calls(self) -> Sequence[Call]:
+        """Lists the calls of the first forward, in order of completion: children before their container.
+
+        Raises:
+            Unavailable: nothing has been run yet, so nobody knows.
+        """
+        if self._calls is None:
+            raise Unavailable(
+                Reason.MODEL_NOT_READY,
+                f"the calls of this {self._kind} program are known after its first forward; run it once",
+            )
+        return self._calls
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers by name."""
+        named = dict(self._module.named_parameters(remove_duplicate=False))
+        return named | dict(self._module.named_buffers(remove_duplicate=False))
+
+    def digests(self) -> Digests:
+        """What the program is: its weights as held here (device and dtype applied), and its code."""
+        return digest_tensors(self.tensors(), self._code)
+
+    def run(self, *inputs: Tensor) -> Any:
+        """One forward without grad; the inputs are not changed."""
+        with torch.no_grad(), plain_attention():
+            if self._calls is not None:
+                return self._module(*_own(inputs))
+            with recorded(self._modules) as calls:
+                outputs = self._module(*_own(inputs))
+        self._calls = tuple(calls)
+        return outputs
+
+    def capture(self, taps: Sequence[TapName], *inputs: Tensor) -> Capture:
+        """One forward that keeps the value at each tap. The first one ever runs twice, to see which calls there are.
+
+        Raises:
+            NotFound: a module, a call or an output of this name does not exist.
+            Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant.
+        """
+        if self._calls is None:
+            self.run(*inputs)
+        places = {tap: self._place(tap) for tap in taps}
+        with torch.enable_grad(), plain_attention(), tapped(self._modules, set(places.values())) as met:
+            outputs = self._module(*_own(inputs))
+        self._check_met(places, met)
+        return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})
+
+    def cut(self, tap: TapName) -> RerunCut:
+        """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""
+        self.calls()
+        return RerunCut(self._module, self._modules, self._place(tap))
+
+    def _check_met(self, places: Mapping[TapName, TapName], met: Taps) -> None:
+        """Refuses a forward that made other calls than the first one: its 'last call' would be another place."""
+        expected = collections.Counter(call.path for call in self.calls())
+        for tap, place in places.items():
+            seen = met.counts[tap.path]
+            if place not in met.values or (tap.call is None and seen != expected[tap.path]):
+                raise Unsupported(
+                    Reason.LAYER_UNUSABLE,
+                    f"layer '{tap}' was called {seen} times for this input and {expected[tap.path]} times before; "
+                    f"name a call that always happens, such as '{tap.path}#0'",
+                    metadata={"layer": tap},
+                )
+
+    def _place(self, tap: TapName) -> TapName:
+        """Fills in the call index of a tap and checks that there is one tensor to be had at that place."""
+        calls = [call for call in self.calls() if call.path == tap.path]
+        if not calls:
+            raise self._missing(tap)
+        if tap.call is not None and tap.call >= len(calls):
+            names = _listed([f"{call.path}#{call.index}" for call in calls])
+            raise NotFound(
+                Reason.LAYER_NOT_FOUND,
+                f"layer '{tap}' does not exist: '{tap.path}' is called {len(calls)} times: {names}",
+                metadata={"layer": tap},
+            )
+        call = calls[-1 if tap.call is None else tap.call]
+        if call.refusal:
+            raise Unsupported(
+                Reason.LAYER_UNUSABLE, f"layer '{tap}' cannot be tapped: {call.refusal}", metadata={"layer": tap}
+            )
+        if (tap.output is None) != (not call.outputs):
+            names = _listed([str(TapName(tap.path, tap.call, key)) for key in call.outputs])
+            problem = (
+                f"returns several tensors; name one: {names}" if names else f"returns one tensor; write '{tap.path}'"
+            )
+            error, reason = (Unsupported, Reason.LAYER_UNUSABLE) if names else (NotFound, Reason.LAYER_NOT_FOUND)
+            raise error(reason, f"layer '{tap}' {problem}", metadata={"layer": tap})
+        if tap.output is not None and tap.output not in call.outputs:
+            names = _listed([str(TapName(tap.path, tap.call, key)) for key in call.outputs])
+            raise NotFound(
+                Reason.LAYER_NOT_FOUND, f"layer '{tap}' does not exist; known: {names}", metadata={"layer": tap}
+            )
+        return TapName(tap.path, call.index, tap.output)
+
+    def _missing(self, tap: TapName) -> NotFound | Unsupported:
+        if tap.path in self._aliases:
+            known = self._aliases[tap.path]
+            return Unsupported(
+                Reason.LAYER_UNUSABLE,
+                f"layer '{tap}' is the same module as '{known}', so its calls cannot be told apart by this name; "
+                f"name a call of '{known}', such as '{known}#0'",
+                metadata={"layer": tap},
+            )
+        if tap.path in dict(self._modules):
+            return Unsupported(
+                Reason.LAYER_UNUSABLE,
+                f"layer '{tap}' exists but a forward never calls it: it only holds other layers, or is not used",
+                metadata={"layer": tap},
+            )
+        tappable = list(dict.fromkeys(call.path for call in self.calls() if not call.refusal))
+        near = difflib.get_close_matches(tap.path, tappable, n=5, cutoff=0.5)
+        hint = f"near names: {_listed(near)}; " if near else ""
+        return NotFound(
+            Reason.LAYER_NOT_FOUND,
+            f"layer '{tap}' does not exist; {hint}known layers: {_listed(sorted(tappable, key=lambda n: n.count('.')))}",
+            metadata={"layer": tap},
+        )
+
+
+def _own(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies the inputs, since a model may normalise them in place; next to a forward the copy costs nothing."""
+    return [tensor.clone() for tensor in inputs]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_IN_A_MESSAGE
+    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")
