@@ -101,7 +101,9 @@ class Metrics:
     def _latency(self, name: str, documentation: str, labels: list[str]) -> Histogram:
         return Histogram(name, documentation, labels, buckets=LATENCY_BUCKETS, registry=self.registry)
 
-    def watch_queue(self, depth: Callable[[], float], held_bytes: Callable[[], float], oldest: Callable[[], float]) -> None:
+    def watch_queue(
+        self, depth: Callable[[], float], held_bytes: Callable[[], float], oldest: Callable[[], float]
+    ) -> None:
         """Lets the gauges of the queue read it when they are scraped, so that they are never stale."""
         self.queue_depth.set_function(depth)
         self.queue_bytes.set_function(held_bytes)

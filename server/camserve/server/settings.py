@@ -24,7 +24,9 @@ class Settings(BaseSettings):
 
     listen: str = Field("0.0.0.0:50051", description="Address and port for gRPC; port 0 picks a free one.")
     metrics_listen: str = Field("0.0.0.0:8002", description="Address and port for the metrics page; empty for none.")
-    repository: Path | None = Field(None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt.")
+    repository: Path | None = Field(
+        None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
+    )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")
     torch_threads: int = Field(0, ge=0, description="Threads of one pass on CPU; 0 takes one for each core.")
     decode_threads: int = Field(0, ge=0, description="Threads that decode and encode; 0 takes one for each core.")
@@ -43,7 +45,9 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish accepted requests on shutdown.")
     log_format: Literal["console", "json"] = Field("console", description="Log lines for people or for machines.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
 
     @field_validator("listen", "metrics_listen")
     @classmethod

@@ -1,0 +1,76 @@
+"""One record for each call: opened by the interceptor, filled in by the servicer, written as one log line when the call ends."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import time
+
+import structlog
+
+from camserve.server.metrics import Metrics
+
+__all__ = ["AccessRecord", "current_record", "open_record"]
+
+_log = structlog.get_logger("camserve.access")
+_current: contextvars.ContextVar[AccessRecord] = contextvars.ContextVar("camserve_access_record")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AccessRecord:
+    """What is known about a call so far. Never holds image bytes or metadata values.
+
+    Attributes:
+        rpc: full method name.
+        peer: address of the caller.
+        started_at: monotonic seconds.
+        request_id: the caller's or ours; empty until the request was read.
+        model: name of the model, only once it is known to exist, so that label values stay bounded.
+        version: likewise.
+        specs: number of explanations asked for.
+        batch_rows: rows of the pass.
+        code: gRPC status name.
+        reason: of the error, or empty.
+        message: of the error, or empty.
+    """
+
+    rpc: str
+    peer: str
+    started_at: float = dataclasses.field(default_factory=time.monotonic)
+    request_id: str = ""
+    model: str = ""
+    version: str = ""
+    specs: int = 0
+    batch_rows: int = 0
+    code: str = "OK"
+    reason: str = ""
+    message: str = ""
+
+    def close(self, metrics: Metrics) -> None:
+        """Writes the line and counts the call."""
+        if self.rpc.endswith("/Explain"):
+            metrics.requests.labels(self.model, self.version, self.code).inc()
+        fields = {
+            "rpc": self.rpc,
+            "code": self.code,
+            "seconds": round(time.monotonic() - self.started_at, 6),
+            "peer": self.peer,
+            "request_id": self.request_id,
+            "model": self.model,
+            "version": self.version,
+            "specs": self.specs,
+            "batch_rows": self.batch_rows,
+            "reason": self.reason,
+            "error": self.message,
+        }
+        _log.info("call", **{name: value for name, value in fields.items() if value not in ("", 0)})
+
+
+def open_record(record: AccessRecord) -> None:
+    """Makes a record the current call's; grpc.aio runs each call in a context of its own."""
+    _current.set(record)
+
+
+def current_record() -> AccessRecord:
+    """The current call's record."""
+    return _current.get()

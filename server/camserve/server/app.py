@@ -1,0 +1,178 @@
+"""The only place where objects are built, joined, started and drained.
+
+`cli.py` and tests make an `App` from settings and model sources; the rest of camserve gets what it needs as arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import grpc
+import structlog
+import torch
+from grpc_reflection.v1alpha import reflection
+
+from camserve.server.decode import DecodeLimits
+from camserve.server.dispatch import dispatch
+from camserve.server.door import Door, DoorLimits
+from camserve.server.health import SERVICES, Health, MetricsPage
+from camserve.server.interceptors import CallInterceptor
+from camserve.server.metrics import Metrics
+from camserve.server.models.loader import load_model
+from camserve.server.models.repository import Repository
+from camserve.server.models.sources import ModelSource
+from camserve.server.pipeline import Pipeline
+from camserve.server.queue import DeviceQueue
+from camserve.server.runner import Runner
+from camserve.server.service import ExplanationServicer, ModelServicer
+from camserve.server.settings import Settings
+from camserve.server.validate import RequestLimits
+from camserve.v1 import explanation_service_pb2_grpc, model_service_pb2_grpc
+
+__all__ = ["App", "resolve_device"]
+
+_log = structlog.get_logger("camserve.app")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` becomes CUDA when there is a device, else CPU.
+
+    Raises:
+        ValueError: CUDA was asked for by name and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device; use device=cpu or auto")
+    return device
+
+
+class App:
+    """One server. `start`, then `load`, then `drain`; all on one event loop."""
+
+    def __init__(self, settings: Settings, sources: Sequence[ModelSource]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.repository = Repository(sources)
+        self.device = resolve_device(settings.device)
+        self.port = 0
+        self.metrics_port = 0
+        self._sources = list(sources)
+        self._health = Health()
+        self._runner = Runner(self.metrics, settings.torch_threads)
+        self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
+        self._closing = contextlib.AsyncExitStack()
+        self._is_draining = False
+
+    async def start(self) -> None:
+        """Opens the ports. Explain answers UNAVAILABLE until `load` has loaded the model it names."""
+        settings, metrics = self.settings, self.metrics
+        metrics.build.info({"version": version("camserve"), "torch": torch.__version__})
+        self._door = Door(
+            DoorLimits(max_requests=settings.max_requests, max_held_bytes=settings.max_held_bytes), metrics
+        )
+        queue = DeviceQueue(settings.batch_window_seconds)
+        metrics.watch_queue(
+            lambda: len(queue), lambda: self._door.held_bytes, lambda: queue.oldest_wait(time.monotonic())
+        )
+        pipeline = Pipeline(
+            door=self._door,
+            queue=queue,
+            workers=self._workers,
+            decode_limits=DecodeLimits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_request_bytes),
+            metrics=metrics,
+        )
+        limits = RequestLimits(max_specs=settings.max_specs, max_maps=settings.max_maps)
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(metrics)],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_request_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        explanation_service_pb2_grpc.add_ExplanationServiceServicer_to_server(
+            ExplanationServicer(self.repository, pipeline, limits), server
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.repository), server)
+        self._health.add_to(server)
+        reflection.enable_server_reflection((*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        await self._health.set_server(is_serving=False)
+        self.port = server.add_insecure_port(settings.listen)
+        if settings.metrics_listen:
+            page = MetricsPage(metrics, settings.metrics_listen)
+            self.metrics_port = page.port
+            self._closing.callback(page.close)
+        await server.start()
+        self._server = server
+        self._dispatching = asyncio.create_task(dispatch(queue, self._runner), name="camserve-dispatch")
+        self._dispatching.add_done_callback(_log_if_failed)
+
+    async def load(self) -> None:
+        """Loads every model, one after another, on the device thread; a model that fails leaves the others alone."""
+        for source in self._sources:
+            if self._is_draining:
+                return
+            load = functools.partial(
+                load_model, source, device=self.device, max_batch_rows=self.settings.max_batch_rows
+            )
+            try:
+                served = await self._runner.call(load)
+            except Exception as error:  # noqa: BLE001 - a model file is foreign code and may raise anything
+                _log.error("model failed to load", model=source.name, version=source.version, error=str(error))
+                self.repository.set_failed(source, str(error))
+                self.metrics.model_ready.labels(source.name, source.version).set(0)
+                await self._health.set_model(source.name, is_serving=False)
+                continue
+            self.repository.set_ready(served)
+            self.metrics.model_ready.labels(source.name, source.version).set(1)
+            await self._health.set_model(source.name, is_serving=True)
+            card = served.card
+            _log.info(
+                "model ready",
+                model=card.name,
+                version=card.version,
+                kind=card.kind,
+                classes=card.class_count,
+                default_layer=card.default_layer,
+                seconds=round(card.warm_up_seconds, 3),
+            )
+        await self._health.set_server(is_serving=True)
+
+    async def drain(self) -> None:
+        """Shuts down so that nobody who was let in is lost; a second call does nothing.
+
+        Not ready first, then a pause in which balancers notice, then the door closes, accepted requests finish within
+        `drain_seconds`, and the rest is cancelled.
+        """
+        if self._is_draining:
+            return
+        self._is_draining = True
+        self.metrics.draining.set(1)
+        _log.info("draining", requests=self._door.inside)
+        await self._health.drain()
+        await asyncio.sleep(self.settings.drain_delay_seconds)
+        self._door.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._door.wait_until_empty(), self.settings.drain_seconds)
+        # Answers on their way out get a moment; whoever is still inside now is cancelled.
+        await self._server.stop(grace=1.0)
+        self._dispatching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._dispatching
+        await asyncio.get_running_loop().run_in_executor(None, self._runner.close)
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        await self._closing.aclose()
+        _log.info("stopped")
+
+
+def _log_if_failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _log.error("dispatch stopped: this is a bug", exc_info=task.exception())

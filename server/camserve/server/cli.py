@@ -1,0 +1,123 @@
+"""`camserve serve`: flags to settings to app, and signals to drain. Found by the light client through an entry point."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["serve"]
+
+_EXAMPLES = """
+\b
+Examples:
+  camserve serve                                        the shipped demo model
+  camserve serve --model part=part.pt --size 224 --labels labels.txt
+  camserve serve --model torchvision:resnet50           pretrained weights, needs a network
+  camserve serve --model torchvision:resnet50 --random-weights 0
+  camserve serve --models /srv/models --max-batch-rows 32 --log-format json
+
+Every setting can also be given as CAMSERVE_<NAME> or in the file named by --config.
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.option(
+    "--models", "repository", type=click.Path(path_type=Path, file_okay=False), help="Model repository folder."
+)
+@click.option(
+    "--model", "models", multiple=True, metavar="[NAME=]FILE|FACTORY", help="A model without a repository; repeatable."
+)
+@click.option("--size", type=int, help="Input height and width for --model, pixels.  [default: 224]")
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Class labels for --model, one a line.",
+)
+@click.option(
+    "--random-weights", "random_seed", type=int, metavar="SEED", help="Random weights for factories, for benchmarks."
+)
+@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of settings.")
+@click.option("--listen", help="Address for gRPC.  [default: 0.0.0.0:50051]")
+@click.option("--metrics-listen", help="Address for the metrics page; empty for none.  [default: 0.0.0.0:8002]")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--max-batch-rows", type=int, help="Most rows in one pass.  [default: 16]")
+@click.option("--max-requests", type=int, help="Most requests held at once.  [default: 256]")
+@click.option("--drain-delay-seconds", type=float, help="Pause between not ready and refusing.  [default: 5]")
+@click.option("--drain-seconds", type=float, help="Time to finish accepted requests.  [default: 30]")
+@click.option("--log-format", type=click.Choice(["console", "json"]), help="[default: console]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+def serve(
+    models: tuple[str, ...],
+    size: int | None,
+    labels: Path | None,
+    random_seed: int | None,
+    config: Path | None,
+    **flags: Any,
+) -> None:
+    """Serve explanations of image models over gRPC."""
+    # Imported here: torch takes seconds, and --help should not.
+    from camserve.server.app import App  # noqa: PLC0415
+    from camserve.server.logs import configure_logs  # noqa: PLC0415
+    from camserve.server.models.sources import demo_sources, from_flag, scan_repository  # noqa: PLC0415
+    from camserve.server.settings import load_settings  # noqa: PLC0415
+
+    try:
+        settings = load_settings(config, **flags)
+        sources = [from_flag(text, size=size, labels=labels, random_seed=random_seed) for text in models]
+        if settings.repository is not None:
+            sources += scan_repository(settings.repository)
+        app = App(settings, sources or demo_sources())
+    except ValueError as error:
+        raise click.ClickException(_first_lines(error)) from error
+    configure_logs(settings.log_format, settings.log_level)
+    sys.exit(asyncio.run(_serve(app)))
+
+
+async def _serve(app: Any) -> int:
+    """Runs until SIGTERM or SIGINT; a second signal ends the process at once. Returns the exit status."""
+    asked_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        asked_to_stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await app.start()
+    except (OSError, RuntimeError) as error:
+        click.echo(f"Error: cannot listen: {error}", err=True)
+        return 1
+    loading = asyncio.create_task(app.load())
+    stopping = asyncio.create_task(asked_to_stop.wait())
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    status = 0
+    if loading.done() and not asked_to_stop.is_set():
+        slots = app.repository.slots()
+        if all(slot.error for slot in slots):
+            click.echo("Error: no model could be loaded: " + "; ".join(f"{s.name}: {s.error}" for s in slots), err=True)
+            status = 1
+        else:
+            names = ", ".join(slot.name for slot in slots if not slot.error)
+            click.echo(
+                f"camserve is ready on port {app.port} with {names}; metrics on port {app.metrics_port}", err=True
+            )
+            await stopping
+    stopping.cancel()
+    await app.drain()
+    with contextlib.suppress(asyncio.CancelledError):
+        await loading
+    return status
+
+
+def _first_lines(error: ValueError) -> str:
+    """Pydantic ends every complaint with a link; the first lines name setting and mistake."""
+    lines = [line for line in str(error).split("\n") if "errors.pydantic.dev" not in line]
+    return "\n".join(lines)

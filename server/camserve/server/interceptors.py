@@ -1,0 +1,108 @@
+"""Around every call: one access record, one log line, and the only place where an error becomes a gRPC status.
+
+Covers unary and streaming answers alike; `app.py` gives it to the server. Cancellation passes through untouched: a handler that
+swallows it leaks a stream in grpc.aio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.rpc import status_pb2
+
+from camserve.server.access import AccessRecord, open_record
+from camserve.server.errors import CamserveError, ExecutionFailed, Reason
+from camserve.server.metrics import Metrics
+from camserve.server.wire.answers import status_of
+
+__all__ = ["CallInterceptor"]
+
+_log = structlog.get_logger("camserve.calls")
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_DETAILS_KEY = "grpc-status-details-bin"
+# HTTP/2 trailers are limited to 8 KiB by default; long lists of labels or layers must not turn a refusal into an INTERNAL.
+_LONGEST_MESSAGE = 1500
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
+    """Records, logs and translates."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Wraps the handler of a call that has one; health and reflection are wrapped too, so that they are logged."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        rpc = handler_call_details.method
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(rpc, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(rpc, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _streaming(self, rpc: str, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            record = self._open(rpc, context)
+            try:
+                async for message in inner(request, context):
+                    yield message
+            except (Exception, asyncio.CancelledError, GeneratorExit) as error:  # noqa: BLE001 - every error needs a status
+                await _end(error, record, context)
+            finally:
+                record.close(self._metrics)
+
+        return call
+
+    def _unary(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: Any) -> Any:
+            record = self._open(rpc, context)
+            try:
+                answer = inner(request, context)
+                return await answer if asyncio.iscoroutine(answer) else answer
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - every error needs a status
+                await _end(error, record, context)
+            finally:
+                record.close(self._metrics)
+
+        return call
+
+    def _open(self, rpc: str, context: Any) -> AccessRecord:
+        record = AccessRecord(rpc=rpc, peer=context.peer())
+        open_record(record)
+        return record
+
+
+async def _end(error: BaseException, record: AccessRecord, context: Any) -> NoReturn:
+    """Ends a call with the status that belongs to an error."""
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        record.code = "CANCELLED"
+        raise error
+    if isinstance(error, grpc.aio.AbortError):
+        record.code = context.code().name if hasattr(context, "code") else "UNKNOWN"
+        raise error
+    if not isinstance(error, CamserveError):
+        _log.exception("unexpected error", rpc=record.rpc, request_id=record.request_id, exc_info=error)
+        error = ExecutionFailed(
+            Reason.INTERNAL,
+            f"an internal error; the server's log tells more under request id {record.request_id or 'none'}",
+            metadata={"requestId": record.request_id},
+        )
+    status = _within_trailers(status_of(error))
+    code = _CODES[status.code]
+    record.code, record.reason, record.message = code.name, str(error.reason), status.message
+    await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
+    raise AssertionError("This is a bug: abort returned")
+
+
+def _within_trailers(status: status_pb2.Status) -> status_pb2.Status:
+    if len(status.message) > _LONGEST_MESSAGE:
+        status.message = status.message[: _LONGEST_MESSAGE - 2] + " …"
+    return status

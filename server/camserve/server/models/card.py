@@ -1,0 +1,97 @@
+"""What is known about a loaded model: made once by `loader.py`, read by validation, wire and the pipeline. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from camserve.server.models.recipe import InputRecipe
+
+__all__ = ["LayerCard", "MethodCard", "ModelCard"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCard:
+    """One place that can be named in a spec.
+
+    Attributes:
+        name: as written in a spec, such as `layer4` or `layer4.1.relu#0`.
+        shape: of its value for one row, as the model lays it out.
+        layout: `channels_first`, `channels_last`, `tokens`, or empty when no map can be made.
+        map_shape: sizes of a map made there.
+        refusal: why none can; empty when one can.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    layout: str = ""
+    map_shape: tuple[int, ...] = ()
+    refusal: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MethodCard:
+    """Whether one method works on this model, and why not or where only."""
+
+    slug: str
+    works: bool
+    note: str = ""
+    only_layers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A loaded model, as callers see it.
+
+    Attributes:
+        name: in the repository.
+        version: likewise.
+        labels: by class index; empty when unknown.
+        class_count: outputs of the model.
+        recipe: how images become its input.
+        kind: `torchscript`, `export` or `eager`.
+        device: such as `cpu`.
+        dtype: such as `float32`.
+        layers: every tap, in order of execution.
+        default_layer: used when a spec names none.
+        methods: what can be asked of it.
+        weights_sha256: hexadecimal.
+        code_sha256: hexadecimal.
+        model_sha256: over both.
+        max_batch_rows: most rows in one pass.
+        static_batch_rows: the only batch size it takes, or None.
+        rows_independent: whether rows of a batch leave each other alone.
+        warm_up_seconds: what loading and checking took.
+        notes: what a reader should know.
+    """
+
+    name: str
+    version: str
+    labels: tuple[str, ...]
+    class_count: int
+    recipe: InputRecipe
+    kind: str
+    device: str
+    dtype: str
+    layers: tuple[LayerCard, ...]
+    default_layer: str
+    methods: tuple[MethodCard, ...]
+    weights_sha256: str
+    code_sha256: str
+    model_sha256: str
+    max_batch_rows: int
+    static_batch_rows: int | None
+    rows_independent: bool
+    warm_up_seconds: float
+    notes: tuple[str, ...] = ()
+
+    def label(self, class_index: int) -> str:
+        """The label of a class; empty when the card has none."""
+        return self.labels[class_index] if class_index < len(self.labels) else ""
+
+    def layer(self, name: str) -> LayerCard | None:
+        """The layer of that written name, or None."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def method(self, slug: str) -> MethodCard | None:
+        """What the card says of a method, or None."""
+        return next((method for method in self.methods if method.slug == slug), None)

@@ -1,0 +1,109 @@
+"""Reads `model.toml`, the part of a card that a person writes; `loader.py` measures the rest.
+
+Every field has a default that suits a torchvision-style classifier, so that a bare archive needs three lines or none.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from camserve.server.models.recipe import Channels, InputRecipe, Interpolation, Resize
+
+__all__ = ["FactoryConfig", "InputConfig", "ModelConfig", "OutputConfig", "read_config"]
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class InputConfig(BaseModel):
+    """How images become the model's input."""
+
+    model_config = _STRICT
+
+    size: tuple[int, int] = Field((224, 224), description="Height and width of the model's input, pixels.")
+    channels: Channels = Field("rgb", description="none for models that take no images: they are sent tensors.")
+    shape: tuple[int, ...] | None = Field(None, description="Input of one row, for models that take no images.")
+    resize: Resize = "stretch"
+    resize_size: int | None = Field(
+        None, description="Shorter side before a centre crop, pixels; default: the input's."
+    )
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    pad_value: int = Field(0, ge=0, le=255, description="Gray value around a letterboxed image.")
+
+
+class OutputConfig(BaseModel):
+    """What the model returns."""
+
+    model_config = _STRICT
+
+    kind: Literal["classification"] = "classification"
+    path: str = Field("", description="Key or index of the logits when the model returns a dict or a tuple.")
+
+
+class FactoryConfig(BaseModel):
+    """A Python factory instead of an archive."""
+
+    model_config = _STRICT
+
+    name: str = Field(
+        description="torchvision:resnet50, timm:convnext_tiny, or an allow-listed package.module:function."
+    )
+    pretrained: bool = False
+    random_seed: int | None = Field(None, description="Random weights, for benchmarks; marked on the card.")
+
+
+class ModelConfig(BaseModel):
+    """`model.toml`."""
+
+    model_config = _STRICT
+
+    labels: tuple[str, ...] = ()
+    labels_file: str = Field("", description="Text file beside model.toml, one label a line.")
+    input: InputConfig = InputConfig()
+    output: OutputConfig = OutputConfig()
+    factory: FactoryConfig | None = None
+    default_layer: str = Field("", description="Explained when a spec names no layer; empty lets the probe choose.")
+    max_batch: int | None = Field(None, ge=1, description="Most rows in one pass; default: the server's.")
+    precision: Literal["float32", "float64"] = "float32"
+
+    def recipe(self) -> InputRecipe:
+        """The preprocessing these fields describe."""
+        given = self.input
+        mean, std = given.mean, given.std
+        if given.channels in {"gray", "none"} and "mean" not in given.model_fields_set:
+            mean, std = (0.0,), (1.0,)
+        return InputRecipe(
+            shape=given.shape or (1 if given.channels == "gray" else 3, *given.size),
+            dtype=self.precision,
+            resize=given.resize,
+            resize_size=given.resize_size,
+            interpolation=given.interpolation,
+            channels=given.channels,
+            pad_value=given.pad_value,
+            mean=mean,
+            std=std,
+        )
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Reads and checks a `model.toml`.
+
+    Raises:
+        ValueError: not TOML, or a field is unknown or wrong; the text names file and field.
+    """
+    try:
+        config = ModelConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    except ValidationError as error:
+        lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path}: {lines}") from error
+    if config.labels_file:
+        labels = (path.parent / config.labels_file).read_text(encoding="utf-8").split("\n")
+        config = config.model_copy(update={"labels": tuple(label.strip() for label in labels if label.strip())})
+    return config

@@ -1,0 +1,116 @@
+"""Where models come from: finds every (name, version) to load, from a repository folder, from flags, or the shipped demo model.
+
+Gives `ModelSource`s to `repository.py`; looks at file names only and opens nothing but `model.toml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, read_config
+
+__all__ = ["ModelSource", "demo_sources", "from_flag", "scan_repository"]
+
+# In order of preference when a version folder holds several.
+_FILES = ("model.pt2", "model.pt", "weights.safetensors", "weights.pth")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FACTORY_PREFIXES = ("torchvision:", "timm:")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """One version of one model, not loaded yet.
+
+    Attributes:
+        name: of the model.
+        version: a folder's name, or "1".
+        path: archive or weights; None for a factory that needs none.
+        config: the written part of its card.
+    """
+
+    name: str
+    version: str
+    path: Path | None
+    config: ModelConfig
+
+
+def scan_repository(root: Path) -> Iterator[ModelSource]:
+    """Finds `<root>/<name>/model.toml` and `<root>/<name>/<version>/<file>`, the newest version of each name.
+
+    Raises:
+        ValueError: the folder does not exist, holds no model, or a card is wrong; the text says what was looked for.
+    """
+    if not root.is_dir():
+        raise ValueError(f"model repository {root} is not a folder")
+    found = False
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        card = folder / "model.toml"
+        config = read_config(card) if card.is_file() else ModelConfig()
+        versions = sorted(filter(None, (_version(folder.name, path, config) for path in folder.iterdir())), key=_order)
+        if not versions:
+            raise ValueError(f"{folder} holds no version: expected {folder}/1/ with one of {', '.join(_FILES)}")
+        found = True
+        yield versions[-1]
+    if not found:
+        raise ValueError(
+            f"model repository {root} holds no models: expected {root}/<name>/model.toml and <name>/1/model.pt"
+        )
+
+
+def _version(name: str, folder: Path, config: ModelConfig) -> ModelSource | None:
+    if not folder.is_dir() or folder.name.startswith("."):
+        return None
+    path = next((folder / file for file in _FILES if (folder / file).is_file()), None)
+    if path is None and config.factory is None:
+        return None
+    return ModelSource(name=_checked(name), version=folder.name, path=path, config=config)
+
+
+def _order(source: ModelSource) -> tuple[int, str]:
+    return (int(source.version), "") if source.version.isdigit() else (-1, source.version)
+
+
+def from_flag(
+    text: str, *, size: int | None = None, labels: Path | None = None, random_seed: int | None = None
+) -> ModelSource:
+    """Reads `--model`: `part.pt`, `name=part.pt`, `torchvision:resnet50` or `name=torchvision:resnet50`.
+
+    Args:
+        text: the flag's value.
+        size: height and width of the input, pixels; default 224.
+        labels: text file, one label a line.
+        random_seed: for factories: random weights instead of pretrained ones.
+
+    Raises:
+        ValueError: not a name, or no such file.
+    """
+    name, equals, target = text.partition("=")
+    if not equals:
+        name, target = "", text
+    config = ModelConfig(
+        input=InputConfig(size=(size or 224, size or 224)),
+        labels=tuple(labels.read_text(encoding="utf-8").split("\n")[:-1]) if labels else (),
+    )
+    if target.startswith(_FACTORY_PREFIXES):
+        factory = FactoryConfig(name=target, pretrained=random_seed is None, random_seed=random_seed)
+        preset = {} if size else {"resize": "crop", "resize_size": 256}
+        config = config.model_copy(update={"factory": factory, "input": config.input.model_copy(update=preset)})
+        return ModelSource(name=_checked(name or target.partition(":")[2]), version="1", path=None, config=config)
+    path = Path(target)
+    if not path.is_file():
+        raise ValueError(f"model file {target} does not exist; write name=path/to/model.pt or torchvision:resnet50")
+    return ModelSource(name=_checked(name or path.stem), version="1", path=path, config=config)
+
+
+def demo_sources() -> list[ModelSource]:
+    """The shipped surface-inspection model."""
+    return list(scan_repository(Path(__file__).parents[1] / "demo" / "models"))
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not a model name; use letters, digits, '.', '_' and '-', at most 64")
+    return name

@@ -1,0 +1,203 @@
+"""The life of one request on one screen: door, decode, queue, prediction, maps, encode, summary.
+
+`service.py` iterates over `Pipeline.explain` on the event loop and sends each event as it comes. Leaving the iteration, by
+cancellation, deadline or error, abandons what is still to be done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from camserve.server import jobs
+from camserve.server.decode import DecodeLimits, decode, measure
+from camserve.server.door import Door
+from camserve.server.encode import encode
+from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason
+from camserve.server.metrics import Metrics
+from camserve.server.models.repository import ServedModel
+from camserve.server.prediction import predict
+from camserve.server.queue import DeviceQueue
+from camserve.server.replies import Reply, RowForwarded
+
+__all__ = ["Pipeline"]
+
+_T = TypeVar("_T")
+
+
+class Pipeline:
+    """Joins the stages. Holds no request state of its own."""
+
+    def __init__(
+        self,
+        *,
+        door: Door,
+        queue: DeviceQueue,
+        workers: concurrent.futures.Executor,
+        decode_limits: DecodeLimits,
+        metrics: Metrics,
+    ) -> None:
+        self._door = door
+        self._queue = queue
+        self._workers = workers
+        self._decode_limits = decode_limits
+        self._metrics = metrics
+
+    async def explain(self, job: jobs.Job, model: ServedModel) -> AsyncIterator[jobs.Event]:
+        """Yields the prediction, then each heatmap or failed spec, then the summary.
+
+        Raises:
+            CamserveError: the request as a whole cannot be answered.
+        """
+        clock = _Clock(job, self._metrics)
+        pixels = measure(job.payload, self._decode_limits)
+        with self._door.enter(_held_bytes(job, model, pixels)):
+            with clock.stage("decode"), self._queue.announced(model):
+                sample = await clock.within(self._in_worker(self._decode(job, model)))
+            self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
+            reply = Reply()
+            entry = self._queue.put(job, model, sample, reply, time.monotonic())
+            try:
+                async for event in self._answers(job, model, sample, reply, entry.waiting.enqueued_at, clock):
+                    yield event
+            finally:
+                reply.abandon()
+                self._queue.drop(entry)
+
+    async def _answers(
+        self, job: jobs.Job, model: ServedModel, sample: jobs.Sample, reply: Reply, enqueued_at: float, clock: _Clock
+    ) -> AsyncIterator[jobs.Event]:
+        with clock.stage("queue"):
+            forwarded = await clock.within(reply.next())
+        if not isinstance(forwarded, RowForwarded):
+            raise _row_failure(forwarded)
+        queue_seconds = forwarded.started_at - enqueued_at
+        self._metrics.queue_seconds.labels(job.model).observe(queue_seconds)
+        self._metrics.first_message_seconds.labels(job.model).observe(time.monotonic() - job.received_at)
+        yield predict(forwarded.logits, model.card, job.top_k)
+
+        map_seconds = encode_seconds = 0.0
+        while True:
+            with clock.stage("device"):
+                outcome = await clock.within(reply.next())
+            match outcome:
+                case jobs.RawMap():
+                    map_seconds += outcome.device_seconds
+                    with clock.stage("encode"):
+                        event = await clock.within(self._in_worker(self._encode(outcome, job, model, sample)))
+                    if isinstance(event, jobs.Heatmap):
+                        encode_seconds += event.encode_seconds
+                        self._metrics.encode_seconds.labels(event.encoding).observe(event.encode_seconds)
+                    self._count(event, job)
+                    yield event
+                case jobs.SpecFailed():
+                    self._count(outcome, job)
+                    yield outcome
+                case jobs.PassFacts():
+                    total = time.monotonic() - job.received_at
+                    self._metrics.request_seconds.labels(job.model).observe(total)
+                    yield jobs.Summary(
+                        job=job,
+                        model_sha256=model.card.model_sha256,
+                        facts=outcome,
+                        decode_seconds=sample.decode_seconds,
+                        queue_seconds=queue_seconds,
+                        map_seconds=map_seconds,
+                        encode_seconds=encode_seconds,
+                        total_seconds=total,
+                    )
+                    return
+                case RowForwarded():
+                    continue  # The pass was halved after its forward; the prediction has been sent.
+                case CamserveError():
+                    raise outcome
+
+    def _decode(self, job: jobs.Job, model: ServedModel) -> Callable[[], jobs.Sample]:
+        keep_source = any(spec.encoding.startswith("overlay") for spec in job.specs)
+        return functools.partial(decode, job.payload, model.card.recipe, self._decode_limits, keep_source=keep_source)
+
+    def _encode(
+        self, raw: jobs.RawMap, job: jobs.Job, model: ServedModel, sample: jobs.Sample
+    ) -> Callable[[], jobs.Heatmap | jobs.SpecFailed]:
+        spec = job.specs[raw.spec_index]
+
+        def work() -> jobs.Heatmap | jobs.SpecFailed:
+            try:
+                label = model.card.label(raw.target.class_index)
+                return encode(raw, spec, label=label, geometry=sample.geometry, source=sample.source)
+            except CamserveError as error:
+                return jobs.SpecFailed(spec_index=raw.spec_index, error=error.at(f"specs[{raw.spec_index}]"))
+
+        return work
+
+    async def _in_worker(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    def _count(self, event: jobs.Event, job: jobs.Job) -> None:
+        match event:
+            case jobs.Heatmap():
+                if event.raw.target.rank == event.raw.target.count - 1:
+                    self._metrics.explanations.labels(job.model, event.method, "ok").inc()
+            case jobs.SpecFailed():
+                method = job.specs[event.spec_index].method
+                self._metrics.explanations.labels(job.model, method, event.error.reason).inc()
+
+
+class _Clock:
+    """One request's deadline, and the count of who left at which stage."""
+
+    def __init__(self, job: jobs.Job, metrics: Metrics) -> None:
+        self._deadline = job.deadline
+        self._received_at = job.received_at
+        self._metrics = metrics
+
+    def stage(self, name: str) -> _Stage:
+        """Counts a cancellation or an expiry inside the `with` block under this stage's name."""
+        return _Stage(name, self._metrics)
+
+    async def within(self, work: Awaitable[_T]) -> _T:
+        """Awaits, but not beyond the deadline.
+
+        Raises:
+            DeadlineExceeded: at the deadline, whatever the device is doing.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await work
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                Reason.DEADLINE_EXCEEDED,
+                f"the deadline passed {time.monotonic() - self._received_at:.3f} s after arrival; give it longer or send less",
+            ) from error
+
+
+class _Stage:
+    def __init__(self, name: str, metrics: Metrics) -> None:
+        self._name = name
+        self._metrics = metrics
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, asyncio.CancelledError | DeadlineExceeded):
+            self._metrics.cancelled.labels(self._name).inc()
+
+
+def _held_bytes(job: jobs.Job, model: ServedModel, pixels: int) -> int:
+    """What the request keeps in memory: its payload, its decoded pixels while it is being decoded, its row."""
+    recipe = model.card.recipe
+    row = 4
+    for size in recipe.shape:
+        row *= size
+    return len(job.payload.data) + 3 * pixels + row
+
+
+def _row_failure(outcome: object) -> CamserveError:
+    if isinstance(outcome, CamserveError):
+        return outcome
+    return ExecutionFailed(Reason.INTERNAL, f"this is a bug: {type(outcome).__name__} came before the prediction")

@@ -1,0 +1,122 @@
+"""The servicers: read the request, hand it to the pipeline, send what comes. Nothing else happens here.
+
+Transport-neutral apart from their signatures: they use the context only for the deadline and the peer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from camserve.server import jobs
+from camserve.server.access import current_record
+from camserve.server.errors import InvalidRequest, Reason, Unsupported
+from camserve.server.models.repository import ModelState, Repository
+from camserve.server.pipeline import Pipeline
+from camserve.server.validate import RequestLimits, check_job
+from camserve.server.wire.answers import card_message, response
+from camserve.server.wire.requests import job_from_request, request_id_of
+from camserve.v1 import (
+    explanation_service_pb2,
+    explanation_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
+
+__all__ = ["ExplanationServicer", "ModelServicer"]
+
+
+class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceServicer):
+    """`camserve.v1.ExplanationService`."""
+
+    def __init__(self, repository: Repository, pipeline: Pipeline, limits: RequestLimits) -> None:
+        self._repository = repository
+        self._pipeline = pipeline
+        self._limits = limits
+
+    async def Explain(  # noqa: N802 - the name is the contract's
+        self, request: explanation_service_pb2.ExplainRequest, context: Any
+    ) -> AsyncIterator[explanation_service_pb2.ExplainResponse]:
+        """Streams prediction, maps and summary of one image."""
+        received_at = time.monotonic()
+        record = current_record()
+        record.request_id = request_id_of(request)
+        if not request.model:
+            raise InvalidRequest(Reason.FIELD_INVALID, "model is required; ListModels tells the names", field="model")
+        model = self._repository.get(request.model, request.version)
+        record.model, record.version, record.specs = model.card.name, model.card.version, len(request.specs)
+        remaining = context.time_remaining()
+        job = job_from_request(
+            request,
+            model.card,
+            request_id=record.request_id,
+            received_at=received_at,
+            deadline=None if remaining is None else received_at + remaining,
+            caller=context.peer(),
+        )
+        check_job(job, model.card, self._limits)
+        async for event in self._pipeline.explain(job, model):
+            if isinstance(event, jobs.Summary):
+                record.batch_rows = event.facts.rows
+            yield response(event, model.card)
+
+
+_STATES = {
+    ModelState.LOADING: model_service_pb2.MODEL_STATE_LOADING,
+    ModelState.READY: model_service_pb2.MODEL_STATE_READY,
+    ModelState.FAILED: model_service_pb2.MODEL_STATE_FAILED,
+}
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """`camserve.v1.ModelService`."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    async def ListModels(  # noqa: N802 - the name is the contract's
+        self, _request: model_service_pb2.ListModelsRequest, _context: Any
+    ) -> model_service_pb2.ListModelsResponse:
+        """Lists every version of every model."""
+        statuses = [
+            model_service_pb2.ModelStatus(
+                name=slot.name,
+                version=slot.version,
+                state=_STATES[slot.state],
+                error=slot.error,
+                class_count=slot.served.card.class_count if slot.served else 0,
+                default_layer=slot.served.card.default_layer if slot.served else "",
+            )
+            for slot in self._repository.slots()
+        ]
+        return model_service_pb2.ListModelsResponse(models=statuses)
+
+    async def GetModel(  # noqa: N802 - the name is the contract's
+        self, request: model_service_pb2.GetModelRequest, _context: Any
+    ) -> model_service_pb2.GetModelResponse:
+        """Returns a card."""
+        if not request.model:
+            raise InvalidRequest(Reason.FIELD_INVALID, "model is required; ListModels tells the names", field="model")
+        served = self._repository.get(request.model, request.version)
+        return model_service_pb2.GetModelResponse(card=card_message(served.card))
+
+    async def LoadModel(  # noqa: N802 - the name is the contract's
+        self, request: model_service_pb2.LoadModelRequest, _context: Any
+    ) -> model_service_pb2.LoadModelResponse:
+        """Not built yet."""
+        raise _unbuilt("LoadModel", request.model)
+
+    async def UnloadModel(  # noqa: N802 - the name is the contract's
+        self, request: model_service_pb2.UnloadModelRequest, _context: Any
+    ) -> model_service_pb2.UnloadModelResponse:
+        """Not built yet."""
+        raise _unbuilt("UnloadModel", request.model)
+
+
+def _unbuilt(rpc: str, model: str) -> Unsupported:
+    return Unsupported(
+        Reason.FEATURE_NOT_IMPLEMENTED,
+        f"{rpc} is not built yet; restart the server with other models",
+        metadata={"feature": rpc, "model": model},
+    )

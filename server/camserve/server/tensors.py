@@ -1,0 +1,100 @@
+"""Reads tensors that callers send ready for the model: bytes in, the model's dtype and shape out, or a refusal. For `decode.py`.
+
+Nothing is resized, normalised or rounded. An element type other than the model's is taken only when every value survives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from camserve.server.errors import InvalidRequest, Reason
+from camserve.server.jobs import TensorInput
+from camserve.server.models.recipe import InputRecipe
+
+__all__ = ["check_tensor", "read_tensor"]
+
+_DTYPES: Final = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "uint8": "u1", "bfloat16": "<u2"}
+
+
+def check_tensor(tensor: TensorInput) -> int:
+    """Checks a tensor's type, shape and bytes against each other.
+
+    Returns:
+        How many elements it has.
+
+    Raises:
+        InvalidRequest: TENSOR_MISMATCH.
+    """
+    if tensor.dtype not in _DTYPES:
+        raise _mismatch(tensor, f"element type '{tensor.dtype}' is unknown; send one of {', '.join(_DTYPES)}")
+    if any(size < 1 for size in tensor.shape):
+        raise _mismatch(tensor, f"shape {_text(tensor.shape)} has a size below 1")
+    elements = math.prod(tensor.shape)
+    needed = elements * np.dtype(_DTYPES[tensor.dtype]).itemsize
+    if len(tensor.data) != needed:
+        raise _mismatch(
+            tensor,
+            f"tensor of {tensor.dtype} {_text(tensor.shape)} needs {needed} bytes, but {len(tensor.data)} arrived; "
+            "send little-endian elements in C order",
+        )
+    return elements
+
+
+def read_tensor(tensor: TensorInput, recipe: InputRecipe) -> npt.NDArray[np.generic]:
+    """Gives the model's input for one row: `recipe.shape`, `recipe.dtype`, C-contiguous and our own copy.
+
+    Raises:
+        InvalidRequest: TENSOR_MISMATCH when type, shape or bytes differ from the recipe, or a value would change in the model's
+            element type; INPUT_NOT_FINITE for NaN or infinity.
+    """
+    if tuple(tensor.shape) != recipe.shape:
+        raise _mismatch(
+            tensor,
+            f"tensor of {tensor.dtype} {_text(tensor.shape)}, {len(tensor.data)} bytes, does not fit the model, which takes "
+            f"{recipe.dtype} {_text(recipe.shape)}, without a batch dimension",
+        )
+    check_tensor(tensor)
+    values = np.frombuffer(tensor.data, _DTYPES[tensor.dtype])
+    if tensor.dtype == "bfloat16":
+        values = (values.astype("<u4") << 16).view("<f4")
+    _check_finite(tensor, values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Always a copy: what goes into a batch must not keep the request's bytes alive, nor be read-only.
+        converted = values.astype(recipe.dtype)
+        changed = converted.astype(values.dtype) != values
+    if changed.any():
+        first = int(changed.argmax())
+        raise _mismatch(
+            tensor,
+            f"{tensor.dtype} value {values[first]!s} at element {first} cannot be held in {recipe.dtype}, which the model takes; "
+            f"send {recipe.dtype}, rounded as you see fit",
+        )
+    return converted.reshape(recipe.shape)
+
+
+def _check_finite(tensor: TensorInput, values: npt.NDArray[np.generic]) -> None:
+    if values.dtype.kind != "f":
+        return
+    finite = np.isfinite(values)
+    if not finite.all():
+        first = int(finite.argmin())
+        index = tuple(int(place) for place in np.unravel_index(first, tensor.shape))
+        raise InvalidRequest(
+            Reason.INPUT_NOT_FINITE,
+            f"{int((~finite).sum())} of {values.size} elements are NaN or infinite, the first at {_text(index)}; "
+            "send finite numbers only",
+            metadata={"count": int((~finite).sum()), "first": _text(index)},
+        )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _mismatch(tensor: TensorInput, message: str) -> InvalidRequest:
+    metadata = {"dtype": tensor.dtype, "shape": _text(tensor.shape), "bytes": len(tensor.data)}
+    return InvalidRequest(Reason.TENSOR_MISMATCH, message, metadata=metadata)

@@ -1,0 +1,206 @@
+"""Events and errors to the messages callers get; called by `service.py` and `interceptors.py` on the event loop."""
+
+from __future__ import annotations
+
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from camserve.server import errors, jobs
+from camserve.server.models.card import ModelCard
+from camserve.server.wire import words
+from camserve.v1 import explanation_service_pb2 as service_pb2
+from camserve.v1 import heatmap_pb2, model_service_pb2
+
+__all__ = ["DOMAIN", "card_message", "response", "status_of"]
+
+DOMAIN = "camserve"
+
+_METHODS = words.inverse(words.METHODS)
+_PROFILES = words.inverse(words.PROFILES)
+_SCORES = words.inverse(words.SCORES)
+_ENCODINGS = words.inverse(words.ENCODINGS)
+_COMPRESSIONS = words.inverse(words.COMPRESSIONS)
+_FLAGS = words.inverse(words.FLAGS)
+_KINDS = words.inverse(words.KINDS)
+_LAYOUTS = words.inverse(words.LAYOUTS)
+
+_CODES: tuple[tuple[type[errors.CamserveError], int], ...] = (
+    (errors.InvalidRequest, code_pb2.INVALID_ARGUMENT),
+    (errors.NotFound, code_pb2.NOT_FOUND),
+    (errors.Overloaded, code_pb2.RESOURCE_EXHAUSTED),
+    (errors.Unavailable, code_pb2.UNAVAILABLE),
+    (errors.DeadlineExceeded, code_pb2.DEADLINE_EXCEEDED),
+)
+_UNIMPLEMENTED = {errors.Reason.METHOD_NOT_IMPLEMENTED, errors.Reason.FEATURE_NOT_IMPLEMENTED}
+
+
+def response(event: jobs.Event, card: ModelCard) -> service_pb2.ExplainResponse:
+    """One event as the stream carries it."""
+    match event:
+        case jobs.Prediction():
+            return service_pb2.ExplainResponse(prediction=_prediction(event, card))
+        case jobs.Heatmap():
+            return service_pb2.ExplainResponse(heatmap=_heatmap(event))
+        case jobs.SpecFailed():
+            error = service_pb2.SpecError(spec_index=event.spec_index, status=status_of(event.error))
+            return service_pb2.ExplainResponse(spec_error=error)
+        case jobs.Summary():
+            return service_pb2.ExplainResponse(summary=_summary(event))
+
+
+def status_of(error: errors.CamserveError) -> status_pb2.Status:
+    """A google.rpc.Status with exactly one ErrorInfo, and BadRequest, RetryInfo or ResourceInfo where they help."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata))
+    details: list[object] = [info]
+    if isinstance(error, errors.InvalidRequest) and error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    elif error.field:
+        # BadRequest belongs to INVALID_ARGUMENT; the path still helps whoever asked for something unbuilt or missing.
+        info.metadata["field"] = error.field
+    if error.retry_after_seconds is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_seconds)))
+    if isinstance(error, errors.NotFound):
+        kind = error.reason.removesuffix("_NOT_FOUND").lower()
+        name = error.metadata.get(kind, "")
+        details.append(
+            error_details_pb2.ResourceInfo(
+                resource_type=f"camserve.v1.{kind}", resource_name=name, description=error.message
+            )
+        )
+    status = status_pb2.Status(code=_code(error), message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)  # type: ignore[arg-type]  # every entry above is a message
+        status.details.append(packed)
+    return status
+
+
+def _code(error: errors.CamserveError) -> int:
+    if isinstance(error, errors.Unsupported):
+        return code_pb2.UNIMPLEMENTED if error.reason in _UNIMPLEMENTED else code_pb2.FAILED_PRECONDITION
+    if error.reason is errors.Reason.OUT_OF_MEMORY:
+        return code_pb2.RESOURCE_EXHAUSTED
+    return next((code for kind, code in _CODES if isinstance(error, kind)), code_pb2.INTERNAL)
+
+
+def card_message(card: ModelCard) -> model_service_pb2.ModelCard:
+    """A card as `GetModel` returns it."""
+    recipe = card.recipe
+    return model_service_pb2.ModelCard(
+        name=card.name,
+        version=card.version,
+        labels=card.labels,
+        class_count=card.class_count,
+        input=model_service_pb2.InputInfo(
+            shape=recipe.shape, resize=recipe.resize, mean=recipe.mean, std=recipe.std, channels=recipe.channels
+        ),
+        kind=_KINDS[card.kind],
+        device=card.device,
+        dtype=card.dtype,
+        layers=[
+            model_service_pb2.LayerInfo(
+                name=layer.name,
+                shape=layer.shape,
+                layout=_LAYOUTS[layer.layout],
+                map_shape=layer.map_shape,
+                refusal=layer.refusal,
+            )
+            for layer in card.layers
+        ],
+        default_layer=card.default_layer,
+        methods=[
+            model_service_pb2.MethodInfo(method=_METHODS[method.slug], works=method.works, note=method.note)
+            for method in card.methods
+        ],
+        weights_sha256=card.weights_sha256,
+        code_sha256=card.code_sha256,
+        model_sha256=card.model_sha256,
+        max_batch_rows=card.max_batch_rows,
+        static_batch_rows=card.static_batch_rows,
+        rows_independent=card.rows_independent,
+        warm_up=_duration(card.warm_up_seconds),
+        notes=card.notes,
+    )
+
+
+def _prediction(prediction: jobs.Prediction, card: ModelCard) -> heatmap_pb2.Prediction:
+    classes = [
+        heatmap_pb2.ClassScore(
+            class_index=entry.class_index, label=entry.label, logit=entry.logit, probability=entry.probability
+        )
+        for entry in prediction.classes
+    ]
+    return heatmap_pb2.Prediction(classes=classes, model=card.name, version=card.version)
+
+
+def _heatmap(heatmap: jobs.Heatmap) -> heatmap_pb2.Heatmap:
+    raw = heatmap.raw
+    message = heatmap_pb2.Heatmap(
+        spec_index=raw.spec_index,
+        target_index=raw.target.rank,
+        target_count=raw.target.count,
+        target=heatmap_pb2.ResolvedTarget(
+            class_index=raw.target.class_index,
+            label=heatmap.label,
+            score=_SCORES[raw.target.score],
+            value=raw.target.value,
+        ),
+        method=_METHODS[heatmap.method],
+        profile=_PROFILES[heatmap.profile],
+        layers=raw.layers,
+        shape=heatmap.shape,
+        axes=heatmap.axes,
+        encoding=_ENCODINGS[heatmap.encoding],
+        compression=_COMPRESSIONS[heatmap.compression],
+        payload=heatmap.payload,
+        value_min=heatmap.value_min,
+        value_max=heatmap.value_max,
+        raw_min=raw.raw_min,
+        raw_max=raw.raw_max,
+        flags=sorted(_FLAGS[flag] for flag in raw.flags),
+        raw_sha256=heatmap.raw_sha256,
+        payload_sha256=heatmap.payload_sha256,
+    )
+    geometry = heatmap.geometry
+    if geometry is not None:
+        message.geometry.CopyFrom(
+            heatmap_pb2.Geometry(
+                scale_x=geometry.scale_x,
+                offset_x=geometry.offset_x,
+                scale_y=geometry.scale_y,
+                offset_y=geometry.offset_y,
+                source_width_pixels=geometry.source_width,
+                source_height_pixels=geometry.source_height,
+            )
+        )
+    return message
+
+
+def _summary(summary: jobs.Summary) -> heatmap_pb2.Summary:
+    facts = summary.facts
+    return heatmap_pb2.Summary(
+        request_id=summary.job.request_id,
+        model=summary.job.model,
+        version=summary.job.version,
+        model_sha256=summary.model_sha256,
+        timings=heatmap_pb2.Timings(
+            decode=_duration(summary.decode_seconds),
+            queue=_duration(summary.queue_seconds),
+            forward=_duration(facts.forward_seconds),
+            backward=_duration(facts.backward_seconds),
+            maps=_duration(summary.map_seconds),
+            encode=_duration(summary.encode_seconds),
+            total=_duration(summary.total_seconds),
+        ),
+        batch_rows=facts.rows,
+        pass_explanations=facts.explanations,
+        plan=facts.plan,
+        device=facts.device,
+        dtype=facts.dtype,
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    nanoseconds = max(0, round(seconds * 1e9))
+    return duration_pb2.Duration(seconds=nanoseconds // 1_000_000_000, nanos=nanoseconds % 1_000_000_000)
