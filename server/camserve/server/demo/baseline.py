@@ -4,6 +4,9 @@ Arrives: pictures and labels to learn from, pictures to judge. Leaves: predicted
 beside the model's, and a test holds it below 0.8: were it higher, a heatmap would explain nothing worth knowing.
 """
 
+# ruff: noqa: F722
+# jaxtyping writes shapes as strings that are no Python.
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -45,7 +48,7 @@ def _regression(features: Float[Tensor, "b d"], labels: Int[Tensor, " b"]) -> Fl
         value.backward()  # type: ignore[no-untyped-call]  # Untyped upstream.
         return value
 
-    optimiser.step(loss)  # type: ignore[arg-type]  # The stub wants a float; the optimiser calls float() itself.
+    optimiser.step(loss)  # type: ignore[no-untyped-call]  # Untyped upstream.
     return weights.detach()
 
 

@@ -43,7 +43,8 @@ def _strength(rng: np.random.Generator, contrast: float, low: float, high: float
 
 
 def _gain(change: Field, colour: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.maximum(1 + change[..., None] * colour, np.float32(0.08))
+    gain: NDArray[np.float32] = np.maximum(1 + change[..., None] * colour, np.float32(0.08))
+    return gain
 
 
 def _centre(rng: np.random.Generator) -> NDArray[np.float32]:
@@ -74,7 +75,10 @@ def _walk(rng: np.random.Generator, start: NDArray[np.float32], angle: float, st
     headings = angle + np.cumsum(rng.normal(0, 0.15, steps)) + rng.normal(0, 0.6, steps)
     strides = rng.uniform(3, 6, steps)
     moves = np.stack([np.sin(headings) * strides, np.cos(headings) * strides], axis=1)
-    return (start + np.concatenate([np.zeros((1, 2)), np.cumsum(moves, axis=0)])).astype(np.float32)
+    corners: NDArray[np.float32] = (start + np.concatenate([np.zeros((1, 2)), np.cumsum(moves, axis=0)])).astype(
+        np.float32
+    )
+    return corners
 
 
 def crack(rng: np.random.Generator, contrast: float) -> Defect:
@@ -109,7 +113,8 @@ def _blob(rng: np.random.Generator, centre: NDArray[np.float32], radius: float, 
     for order in (2, 3, 4, 5):
         amplitude = np.float32(rng.normal(0, uneven / order))
         outline += amplitude * np.cos(order * angle + np.float32(rng.uniform(0, 2 * np.pi)))
-    return (np.hypot(dy, dx) - np.float32(radius) * np.clip(outline, 0.5, 1.5)).astype(np.float32)
+    outside: Field = (np.hypot(dy, dx) - np.float32(radius) * np.clip(outline, 0.5, 1.5)).astype(np.float32)
+    return outside
 
 
 def spot(rng: np.random.Generator, contrast: float) -> Defect:

@@ -5,6 +5,9 @@ The two CAM methods are written out here in plain autograd, on purpose apart fro
 judge the server rather than repeat it.
 """
 
+# ruff: noqa: F722
+# jaxtyping writes shapes as strings that are no Python.
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from camserve.server.demo.network import MEAN, STD
+from camserve.server.demo.network import MEAN, STD, front, tail
 from camserve.server.demo.pointing import chance, pointing_hit
 from camserve.server.demo.surfaces import LABELS, Surface
 
@@ -61,11 +64,9 @@ def layer4_maps(
         Predicted classes, and rectified maps by method slug.
     """
     with torch.no_grad():
-        features = inputs
-        for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
-            features = getattr(model, name)(features)
-    activation = features.detach().requires_grad_()
-    logits = getattr(model, "fc")(torch.flatten(getattr(model, "pool")(activation), 1))  # noqa: B009  # A scripted child.
+        activation = front(model, inputs)
+    activation.requires_grad_()
+    logits = tail(model, activation)
     predicted = logits.argmax(1)
     (gradient,) = torch.autograd.grad(logits.gather(1, predicted[:, None]).sum(), activation)
     weights = gradient.mean((2, 3), keepdim=True)

@@ -8,6 +8,7 @@ Noise is filtered in the frequency domain, which costs half a millisecond per fi
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,8 @@ def coordinates(angle: float) -> tuple[Field, Field]:
 def standardised(field: Field) -> Field:
     """Shifts and scales a field to mean 0 and standard deviation 1; a constant field becomes zero."""
     centred = field - field.mean()
-    return (centred / (centred.std() + np.float32(1e-6))).astype(np.float32)
+    scaled: Field = (centred / (centred.std() + np.float32(1e-6))).astype(np.float32)
+    return scaled
 
 
 def _filtered(rng: np.random.Generator, response: Field) -> Field:
@@ -154,7 +156,7 @@ def polyline_distance(points: Positions) -> tuple[Field, Field]:
     best = np.full((SIZE, SIZE), np.inf, np.float32)
     place = np.zeros((SIZE, SIZE), np.float32)
     segments = len(points) - 1
-    for index, ((y0, x0), (y1, x1)) in enumerate(zip(points[:-1], points[1:], strict=True)):
+    for index, ((y0, x0), (y1, x1)) in enumerate(itertools.pairwise(points)):
         dy, dx = y1 - y0, x1 - x0
         t = np.clip(((y - y0) * dy + (x - x0) * dx) / (dy * dy + dx * dx + np.float32(1e-6)), 0, 1)
         distance = (y - y0 - t * dy) ** 2 + (x - x0 - t * dx) ** 2
@@ -176,7 +178,8 @@ def smoothed(picture: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
         padding = [(reach, reach) if a == axis else (0, 0) for a in range(picture.ndim)]
         padded = np.pad(picture, padding, mode="edge")
         length = picture.shape[axis]
-        picture = sum(  # type: ignore[assignment]  # sum() of arrays is typed with its int start value.
-            weight * padded.take(range(shift, shift + length), axis) for shift, weight in enumerate(weights)
-        )
+        blurred = np.zeros_like(picture)
+        for shift, weight in enumerate(weights):
+            blurred += weight * padded.take(range(shift, shift + length), axis)
+        picture = blurred
     return picture

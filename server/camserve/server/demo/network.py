@@ -2,8 +2,8 @@
 
 Arrives: normalised pictures (b 3 h w). Leaves: logits (b 5). `train.py` fits and scripts it; the server only ever sees the
 scripted archive. The head is global average pooling and one linear layer, so that for `layer4` CAM, Grad-CAM and
-HiResCAM agree up to a factor; the last two stages keep a stride of 8, so that a thin flaw still spans several cells. Signatures say
-plain `Tensor` because TorchScript compiles them.
+HiResCAM agree up to a factor; the last two stages keep a stride of 8, so that a thin flaw still spans several cells.
+Signatures say plain `Tensor` because TorchScript compiles them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEFAULT_LAYER", "MEAN", "STD", "SurfaceNet"]
+__all__ = ["DEFAULT_LAYER", "MEAN", "STD", "SurfaceNet", "front", "tail"]
 
 DEFAULT_LAYER = "layer4"
 """The stage whose maps are published."""
@@ -69,16 +69,21 @@ class SurfaceNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(6 * width, classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Takes normalised pictures (b 3 h w), gives the last stage's features (b c i j)."""
-        y: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
-        return y
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Takes the last stage's features (b c i j), gives logits (b n)."""
-        logits: Tensor = self.fc(torch.flatten(self.pool(features), 1))
-        return logits
-
     def forward(self, x: Tensor) -> Tensor:
         """Takes normalised pictures (b 3 h w), gives logits (b n)."""
-        return self.classify(self.features(x))
+        y = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        logits: Tensor = self.fc(torch.flatten(self.pool(y), 1))
+        return logits
+
+
+def front(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Runs a `SurfaceNet`, scripted or not, up to its last stage: (b 3 h w) in, (b c i j) out."""
+    for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
+        inputs = model.get_submodule(name)(inputs)
+    return inputs
+
+
+def tail(model: nn.Module, features: Tensor) -> Tensor:
+    """Runs what follows the last stage: (b c i j) in, logits (b n) out."""
+    logits: Tensor = model.get_submodule("fc")(torch.flatten(model.get_submodule("pool")(features), 1))
+    return logits

@@ -91,7 +91,7 @@ def _series(count: int, seed: int, families: tuple[str, ...]) -> Iterator[Surfac
     return (surface_at(index, seed, families) for index in range(count))
 
 
-def test_set(count: int, seed: int = 0) -> list[Surface]:
+def test_set(count: int, seed: int = 0) -> list[Surface]:  # noqa: PT028  # Not a test, whatever its name.
     """Makes pictures of the families the model has never seen.
 
     Args:

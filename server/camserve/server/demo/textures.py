@@ -34,8 +34,9 @@ class Texture:
 
 def _relief(height: Field, angle: float) -> Field:
     """Lights a height field from one side: the slope along `angle`."""
-    dy, dx = np.gradient(height)
-    return standardised(dx * np.float32(np.cos(angle)) + dy * np.float32(np.sin(angle)))
+    right: Field = np.gradient(height, axis=1)
+    down: Field = np.gradient(height, axis=0)
+    return standardised(right * np.float32(np.cos(angle)) + down * np.float32(np.sin(angle)))
 
 
 def _angle(rng: np.random.Generator) -> float:
@@ -78,8 +79,8 @@ def linen(rng: np.random.Generator) -> Texture:
     u = (along + 0.7 * gaussian(rng, 3, 25, angle=angle)) * np.float32(np.pi / pitch)
     v = (across + 0.7 * gaussian(rng, 25, 3, angle=angle)) * np.float32(np.pi / pitch)
     over = np.sign(np.sin(u) * np.sin(v))
-    threads = np.where(over > 0, np.abs(np.sin(u)), np.abs(np.sin(v)))
-    slubs = np.where(over > 0, gaussian(rng, 1, 10, angle=angle), gaussian(rng, 10, 1, angle=angle))
+    threads: Field = np.where(over > 0, np.abs(np.sin(u)), np.abs(np.sin(v))).astype(np.float32)
+    slubs: Field = np.where(over > 0, gaussian(rng, 1, 10, angle=angle), gaussian(rng, 10, 1, angle=angle))
     tone = standardised(standardised(threads) + rng.uniform(0.2, 0.6) * slubs)
     return Texture(tone, standardised(over.astype(np.float32)), rng.uniform(0.07, 0.15))
 

@@ -5,6 +5,9 @@ seen, printed beside those of a classifier that sees colour alone. Run by whoeve
 docs/demo-model.md holds the printed figures of the shipped file.
 """
 
+# ruff: noqa: F722
+# jaxtyping writes shapes as strings that are no Python.
+
 from __future__ import annotations
 
 import functools
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 from camserve.server.demo.baseline import histogram_accuracy
 from camserve.server.demo.evaluate import Figures, evaluate, normalised
-from camserve.server.demo.network import SurfaceNet
+from camserve.server.demo.network import SurfaceNet, front, tail
 from camserve.server.demo.surfaces import LABELS, TRAINING_FAMILIES, Surface, surface_at, test_set
 
 __all__ = ["fit", "main", "training_set"]
@@ -94,8 +97,8 @@ def fit(surfaces: list[Surface], *, rounds: int, seed: int, rows: int = 32) -> n
             batch = [surfaces[index] for index in order[step * rows : (step + 1) * rows]]
             inputs = _varied(normalised(batch), generator).contiguous(memory_format=torch.channels_last)
             labels: Int[Tensor, " b"] = torch.tensor([surface.label for surface in batch])
-            features = model.features(inputs)
-            logits = model.classify(features)
+            features = front(model, inputs)
+            logits = tail(model, features)
             loss = criterion(logits, labels) + criterion(_strongest(model, features), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -139,11 +142,12 @@ def main(out: Path, count: int, rounds: int, test_count: int, seed: int, workers
     model = fit(surfaces, rounds=rounds, seed=seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     archive = torch.jit.script(model)
-    archive.save(str(out))
+    archive.save(str(out))  # type: ignore[no-untyped-call]  # Untyped upstream.
     click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
     test = test_set(test_count)
     # The archive is judged, not the network it came from: it is what is shipped.
-    click.echo(report(evaluate(torch.jit.load(str(out)), test), histogram_accuracy(surfaces, test)))
+    shipped = torch.jit.load(str(out))  # type: ignore[no-untyped-call]  # Untyped upstream.
+    click.echo(report(evaluate(shipped, test), histogram_accuracy(surfaces, test)))
 
 
 if __name__ == "__main__":
