@@ -1,0 +1,79 @@
+"""The light client of camserve: explain images from Python, without torch.
+
+from camserve.client import Client, Spec
+
+with Client("localhost:50051") as client:
+    result = client.explain("part.png", model="surface", specs=["grad-cam", Spec("layercam", layers=["layer2"])])
+print(result.prediction.label, result.prediction.probability)
+result.heatmaps[0].save_overlay("why.png")
+"""
+
+from __future__ import annotations
+
+from camserve.client.async_client import AsyncClient
+from camserve.client.cards import InputInfo, LayerInfo, MethodInfo, ModelCard, ModelStatus
+from camserve.client.channels import Tls
+from camserve.client.errors import (
+    CamserveError,
+    Cancelled,
+    CorruptPayload,
+    DeadlineExceeded,
+    Denied,
+    FailedPrecondition,
+    FieldViolation,
+    Internal,
+    InvalidInput,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    Unimplemented,
+)
+from camserve.client.geometry import Geometry
+from camserve.client.heatmaps import Heatmap, ResolvedTarget
+from camserve.client.inputs import TensorInput
+from camserve.client.requests import Box
+from camserve.client.results import ClassScore, Event, Prediction, Result, SpecError, Summary, Timings
+from camserve.client.specs import Above, Kth, Spec, TopK
+from camserve.client.sync_client import Client
+
+__all__ = [
+    "Above",
+    "AsyncClient",
+    "Box",
+    "CamserveError",
+    "Cancelled",
+    "ClassScore",
+    "Client",
+    "CorruptPayload",
+    "DeadlineExceeded",
+    "Denied",
+    "Event",
+    "FailedPrecondition",
+    "FieldViolation",
+    "Geometry",
+    "Heatmap",
+    "InputInfo",
+    "Internal",
+    "InvalidInput",
+    "InvalidRequest",
+    "Kth",
+    "LayerInfo",
+    "MethodInfo",
+    "ModelCard",
+    "ModelStatus",
+    "NotFound",
+    "Overloaded",
+    "Prediction",
+    "ResolvedTarget",
+    "Result",
+    "Spec",
+    "SpecError",
+    "Summary",
+    "TensorInput",
+    "Timings",
+    "Tls",
+    "TopK",
+    "Unavailable",
+    "Unimplemented",
+]

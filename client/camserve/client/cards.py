@@ -1,0 +1,188 @@
+"""Which models a server has and what can be asked of them, as frozen records.
+
+`Client.models()` gives a `ModelStatus` for each, `Client.model(name)` the `ModelCard` of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from camserve.client import words
+from camserve.client.results import seconds
+from camserve.v1 import model_service_pb2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStatus:
+    """How one version of a model fares.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        state: "loading", "ready" or "failed".
+        error: why it failed, or empty.
+        class_count: number of classes, when ready.
+        default_layer: the layer explained when a spec names none, when ready.
+    """
+
+    name: str
+    version: str
+    state: str
+    error: str
+    class_count: int
+    default_layer: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInfo:
+    """A place that can be tapped.
+
+    Attributes:
+        name: what to put into `Spec.layers`.
+        shape: of its value for one row, as the model lays it out.
+        layout: "channels-first", "channels-last" or "tokens"; empty when its maps cannot be read.
+        map_shape: sizes of a map made there: height and width.
+        refusal: why no map can be made there; empty when one can.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+    map_shape: tuple[int, ...]
+    refusal: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MethodInfo:
+    """Whether a method works on the model.
+
+    Attributes:
+        method: such as "grad-cam".
+        works: whether it does.
+        note: why not, or at which layers only.
+    """
+
+    method: str
+    works: bool
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InputInfo:
+    """How images become the model's input.
+
+    Attributes:
+        shape: of one row, such as (3, 224, 224).
+        resize: "stretch", "crop" or "letterbox".
+        mean: subtracted from each channel after scaling to 0 to 1.
+        std: divides each channel then.
+        channels: "rgb", "bgr" or "gray".
+    """
+
+    shape: tuple[int, ...]
+    resize: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What is known about a loaded model.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        labels: class labels by index; empty when unknown.
+        class_count: number of classes.
+        input: how images become its input.
+        kind: the file it came from: "torchscript", "export" or "eager".
+        device: such as "cpu" or "cuda:0".
+        dtype: such as "float32".
+        layers: every tap, in order of execution.
+        default_layer: the layer explained when a spec names none.
+        methods: what can be asked of it.
+        weights_sha256: digest over parameters and buffers, hexadecimal.
+        code_sha256: digest over code or graph.
+        model_sha256: digest over both, as summaries carry it.
+        max_batch_rows: most rows in one pass.
+        static_batch_rows: the only batch size it takes; None when it takes any.
+        rows_independent: whether rows of one batch were seen not to influence each other.
+        warm_up_seconds: what warming up took.
+        notes: what to know about it, such as "random weights".
+    """
+
+    name: str
+    version: str
+    labels: tuple[str, ...]
+    class_count: int
+    input: InputInfo
+    kind: str
+    device: str
+    dtype: str
+    layers: tuple[LayerInfo, ...]
+    default_layer: str
+    methods: tuple[MethodInfo, ...]
+    weights_sha256: str
+    code_sha256: str
+    model_sha256: str
+    max_batch_rows: int
+    static_batch_rows: int | None
+    rows_independent: bool
+    warm_up_seconds: float
+    notes: tuple[str, ...]
+
+
+def status_from_proto(message: model_service_pb2.ModelStatus) -> ModelStatus:
+    """Returns the status a message holds."""
+    return ModelStatus(
+        name=message.name,
+        version=message.version,
+        state=words.MODEL_STATES.word(message.state),
+        error=message.error,
+        class_count=message.class_count,
+        default_layer=message.default_layer,
+    )
+
+
+def card_from_proto(message: model_service_pb2.ModelCard) -> ModelCard:
+    """Returns the card a message holds."""
+    return ModelCard(
+        name=message.name,
+        version=message.version,
+        labels=tuple(message.labels),
+        class_count=message.class_count,
+        input=InputInfo(
+            shape=tuple(message.input.shape),
+            resize=message.input.resize,
+            mean=tuple(message.input.mean),
+            std=tuple(message.input.std),
+            channels=message.input.channels,
+        ),
+        kind=words.PROGRAM_KINDS.word(message.kind),
+        device=message.device,
+        dtype=message.dtype,
+        layers=tuple(
+            LayerInfo(
+                name=layer.name,
+                shape=tuple(layer.shape),
+                layout=words.LAYOUTS.word(layer.layout),
+                map_shape=tuple(layer.map_shape),
+                refusal=layer.refusal,
+            )
+            for layer in message.layers
+        ),
+        default_layer=message.default_layer,
+        methods=tuple(
+            MethodInfo(method=words.METHODS.word(method.method), works=method.works, note=method.note)
+            for method in message.methods
+        ),
+        weights_sha256=message.weights_sha256,
+        code_sha256=message.code_sha256,
+        model_sha256=message.model_sha256,
+        max_batch_rows=message.max_batch_rows,
+        static_batch_rows=message.static_batch_rows if message.HasField("static_batch_rows") else None,
+        rows_independent=message.rows_independent,
+        warm_up_seconds=seconds(message.warm_up),
+        notes=tuple(message.notes),
+    )
