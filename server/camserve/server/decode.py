@@ -1,4 +1,4 @@
-"""The decode stage: a job's undecoded payload arrives, a `Sample` leaves: exactly the model's input, and how it lies on the source.
+"""The decode stage: an undecoded payload arrives, a `Sample` leaves: the model's exact input and where it lies on the source.
 
 The door calls `measure` on the event loop, which looks at headers only; `pipeline.py` calls `decode` in a thread pool. Both take
 whatever bytes a caller sends and raise nothing but `CamserveError`.
@@ -15,9 +15,9 @@ from PIL import Image
 
 from camserve.server.errors import InvalidRequest, Reason
 from camserve.server.frame import check_frame, read_frame
-from camserve.server.image_file import ImageFileError, Pixels, load_pixels
+from camserve.server.image_file import ImageFileError, Mode, Pixels, load_pixels
 from camserve.server.image_header import Header, HeaderError, ImageFormat, read_header
-from camserve.server.jobs import EncodedImage, JobInput, RawFrame, Sample, TensorInput
+from camserve.server.jobs import ByteArray, EncodedImage, JobInput, RawFrame, Sample, TensorInput
 from camserve.server.models.recipe import InputRecipe
 from camserve.server.preprocess import geometry, place, sample
 from camserve.server.tensors import check_tensor, read_tensor
@@ -140,9 +140,9 @@ def decode(
 
 def _pixels(
     payload: EncodedImage | RawFrame, recipe: InputRecipe, *, keep_source: bool, may_reduce: bool
-) -> tuple[Pixels, np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None]:
+) -> tuple[Pixels, ByteArray | None]:
     """The source's pixels in the recipe's mode and, if asked, as (h w 3) uint8."""
-    mode = "L" if recipe.channels == "gray" else "RGB"
+    mode: Mode = "L" if recipe.channels == "gray" else "RGB"
     if isinstance(payload, RawFrame):
         image = Image.fromarray(read_frame(payload))
         box = (0.0, 0.0, float(image.width), float(image.height))

@@ -88,13 +88,14 @@ def _demosaic(mosaic: ByteArray, red: tuple[int, int]) -> ByteArray:
     return pixels
 
 
-def _spread(plane: npt.NDArray[np.uint16], *, is_green: bool) -> npt.NDArray[np.uint16]:
+def _spread(plane: npt.NDArray[np.uint16], *, is_green: bool) -> ByteArray:
     """Fills a colour's gaps; (h+2 w+2) with zeros in the gaps to (h w), rounded to the nearest."""
     if is_green:
         cross = plane[:-2, 1:-1] + plane[2:, 1:-1] + plane[1:-1, :-2] + plane[1:-1, 2:]
-        return (cross + 4 * plane[1:-1, 1:-1] + 2) >> 2
+        return ((cross + 4 * plane[1:-1, 1:-1] + 2) >> 2).astype(np.uint8)
     across = plane[:, :-2] + 2 * plane[:, 1:-1] + plane[:, 2:]
-    return (across[:-2] + 2 * across[1:-1] + across[2:] + 2) >> 2
+    block: npt.NDArray[np.uint16] = across[:-2] + 2 * across[1:-1] + across[2:]
+    return ((block + 2) >> 2).astype(np.uint8)
 
 
 def _mismatch(frame: RawFrame, message: str) -> InvalidRequest:

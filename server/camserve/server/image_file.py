@@ -25,7 +25,7 @@ from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugi
 
 from camserve.server.image_header import Header, ImageFormat
 
-__all__ = ["ImageFileError", "Pixels", "load_pixels"]
+__all__ = ["Box", "ImageFileError", "Mode", "Pixels", "load_pixels"]
 
 Mode: TypeAlias = Literal["RGB", "L"]
 
@@ -91,7 +91,8 @@ def load_pixels(data: bytes, header: Header, *, mode: Mode, least: tuple[int, in
         return _load(data, header, mode, least)
     except ImageFileError:
         raise
-    except Exception as error:  # noqa: BLE001  Pillow's parsers raise whatever their arithmetic on hostile bytes gives.
+    except Exception as error:
+        # Pillow's parsers raise whatever their arithmetic on hostile bytes gives.
         raise ImageFileError(f"its {header.format} data is truncated or corrupt ({_first_line(error)})") from error
 
 
@@ -105,9 +106,11 @@ def _load(data: bytes, header: Header, mode: Mode, least: tuple[int, int] | None
         raise ImageFileError(f"its {header.format} header is contradictory about the size")
     is_turned = header.orientation >= 5
     width, height = (header.height, header.width) if is_turned else (header.width, header.height)
-    if least is not None and header.format is ImageFormat.JPEG:
+    box: Box = (0.0, 0.0, float(header.width), float(header.height))
+    if least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
         wanted = (least[1], least[0]) if is_turned else least
-        image.draft(None, (2 * wanted[0], 2 * wanted[1]))
+        drafted = image.draft(None, (2 * wanted[0], 2 * wanted[1]))
+        box = box if drafted is None else drafted[1]
     image.load()
     bits = _stored_bits(image)
     stored_width, stored_height = image.size
@@ -115,8 +118,6 @@ def _load(data: bytes, header: Header, mode: Mode, least: tuple[int, int] | None
     if header.format is ImageFormat.TIFF:
         # Pillow has turned it while loading.
         return Pixels(image=plain, width=plain.width, height=plain.height, box=(0, 0, plain.width, plain.height))
-    reduction = round(header.width / stored_width) if least is not None else 1
-    box = (0.0, 0.0, header.width / reduction, header.height / reduction)
     if header.orientation != 1:
         plain = plain.transpose(_UPRIGHT[header.orientation])
         box = _turn_box(box, header.orientation, stored_width, stored_height)
