@@ -1,0 +1,307 @@
+"""TorchScript archives, scripted or traced, as a `Program`: tapped and cut without the model's source.
+
+Arrives: a file or stream that `torch.jit.load` reads. Leaves: outputs, activations and cuts by the rules of `Program`.
+`models/` loads, `passes.py` and `probe.py` run. The graph work is in `script_graph.py` and `script_taps.py`.
+
+An archive that was frozen before it was saved has neither module paths nor parameters left. Its taps are operators instead, in
+order of execution: `op.conv2d#3` is the fourth convolution, `op.conv2d` the last one. The same names are used for an archive
+whose forward calls no module. They stay the same as long as the file does.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from camserve.server.engine import script_graph as graphs
+from camserve.server.engine.digests import digest_tensors
+from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.script_memory import Memory
+from camserve.server.engine.script_taps import Pick, Place, cut_graphs, places, tapped_graph, unmarked_graph
+from camserve.server.errors import NotFound, Reason, Unsupported
+
+__all__ = ["ScriptCut", "ScriptProgram", "load_script"]
+
+# A compiled function holds a graph, not weights: some hundred kilobytes. Requests use few combinations of layers.
+_FUNCTIONS_KEPT = 32
+_NAMES_IN_A_MESSAGE = 12
+
+
+def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.dtype = torch.float32) -> ScriptProgram:
+    """Loads a TorchScript archive, moves it to `device` and `dtype`, freezes its parameters and puts it in eval mode.
+
+    Raises:
+        NotFound: there is no such file.
+        Unsupported: it is not a TorchScript archive that this version of torch can read.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        raise NotFound(Reason.MODEL_NOT_FOUND, f"there is no file {source}", metadata={"file": source})
+    try:
+        archive = torch.jit.load(  # type: ignore[no-untyped-call]
+            str(source) if isinstance(source, Path) else source, map_location=device
+        )
+    except (RuntimeError, ValueError) as error:
+        raise Unsupported(
+            Reason.MODEL_FAILED,
+            f"this is not a TorchScript archive that torch {torch.__version__} can read ({_first_line(error)}); "
+            "save one with torch.jit.save",
+        ) from error
+    return ScriptProgram(archive, device=device, dtype=dtype)
+
+
+class ScriptProgram:
+    """A `Program` over a loaded TorchScript archive, which it owns from now on.
+
+    Outputs are those of the archive bit for bit. So that this holds for every batch size and every call, functions are
+    interpreted operator by operator: nothing is specialised, fused or compiled again later.
+
+    A model whose only argument is a list of images takes the tensors of `run` as that list, or one batch as the list of its rows.
+
+    Args:
+        archive: a loaded archive; moved, frozen and put in eval mode in place, and never changed afterwards.
+        device: where it runs.
+        dtype: the floating dtype it computes in.
+    """
+
+    def __init__(self, archive: torch.jit.ScriptModule, *, device: torch.device, dtype: torch.dtype) -> None:
+        floating = {tensor.dtype for tensor in archive.state_dict().values() if tensor.is_floating_point()}
+        self._archive = archive.to(device=device, dtype=dtype).eval()
+        for parameter in self._archive.parameters():
+            parameter.requires_grad_(requires_grad=False)
+        self._device = device
+        self._dtype = dtype
+        self._is_converted = bool(floating - {dtype})
+        self._arguments = graphs.forward_arguments(self._archive)
+        self._code = graphs.code_of(self._archive)
+        self._marked = graphs.marked_graph(self._archive, device, dtype)
+        memory = Memory(self._marked)
+        self._places = places(self._marked, memory)
+        self._copies_inputs = memory.writes_inputs()
+        self._calls, self._at = _numbered(self._places)
+        self._plain = graphs.compiled("forward", unmarked_graph(self._marked))
+        self._tapped: collections.OrderedDict[tuple[Pick, ...], Callable[..., Any]] = collections.OrderedDict()
+
+    @property
+    def kind(self) -> ProgramKind:
+        """The file's kind."""
+        return ProgramKind.TORCHSCRIPT
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype the program computes in."""
+        return self._dtype
+
+    def calls(self) -> Sequence[Call]:
+        """Every module call of a forward, in order of completion; operators for an archive that has no module calls.
+
+        Both branches of a condition that only the input decides are listed.
+        """
+        return self._calls
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters, buffers and other tensors of the archive by name; those baked into its code as `constant.0` and so on."""
+        named: dict[str, Tensor] = dict(self._archive.named_parameters())
+        named |= dict(self._archive.named_buffers())
+        return named | graphs.attribute_tensors(self._marked, self._archive) | graphs.constant_tensors(self._marked)
+
+    def digests(self) -> Digests:
+        """What the program is: its tensors as held here (device and dtype applied), and the code of all its methods."""
+        return digest_tensors(self.tensors(), self._code)
+
+    def run(self, *inputs: Tensor) -> Any:
+        """One forward without grad; the inputs are not changed."""
+        with torch.no_grad():
+            return self._call(self._plain, self._arranged(inputs))
+
+    def capture(self, taps: Sequence[TapName], *inputs: Tensor) -> Capture:
+        """One forward that keeps the value at each tap. Inputs that require grad keep their graph, taps are then no leaves.
+
+        Raises:
+            NotFound: a module, a call or an output of this name does not exist.
+            Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant.
+        """
+        picks = {tap: self._pick(tap) for tap in taps}
+        function = self._tapped_function(tuple(sorted(set(picks.values()))))
+        with torch.enable_grad():
+            outputs, values = self._call(function, self._arranged(inputs))
+        captured = dict(zip(sorted(set(picks.values())), values, strict=True))
+        for tap, pick in picks.items():
+            if captured[pick] is None:
+                raise _unusable(tap, f"this input takes a branch that does not call it; {self._others(tap)}")
+        return Capture(outputs=outputs, activations={tap: captured[pick] for tap, pick in picks.items()})
+
+    def cut(self, tap: TapName) -> ScriptCut:
+        """Cuts at one tap; each half runs only its own part. Raises as `capture` does, and for a tap inside a branch."""
+        pick = self._pick(tap)
+        if self._places[pick[0]].conditional:
+            raise _unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
+        halves = cut_graphs(self._marked, pick, self._places)
+        if halves is None:
+            raise _unusable(tap, "the model writes in place, behind it, into memory that several values share")
+        return ScriptCut(
+            self, graphs.compiled("front", halves.front), graphs.compiled("tail", halves.tail), halves.written
+        )
+
+    def _tapped_function(self, picks: tuple[Pick, ...]) -> Callable[..., Any]:
+        if picks not in self._tapped:
+            self._tapped[picks] = graphs.compiled("tapped", tapped_graph(self._marked, picks, self._places))
+            if len(self._tapped) > _FUNCTIONS_KEPT:
+                self._tapped.popitem(last=False)
+        self._tapped.move_to_end(picks)
+        return self._tapped[picks]
+
+    def _call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        try:
+            with graphs.interpreted():
+                return function(graphs.receiver(self._archive), *arguments)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """Says which failures are the archive's nature; all others stay what they are."""
+        text = str(error)
+        if self._is_converted and "dtype" in text:
+            return Unsupported(
+                Reason.MODEL_FAILED,
+                f"this archive has dtypes fixed in its code and cannot compute in {self._dtype}: {_last_line(error)}",
+                metadata={"dtype": self._dtype},
+            )
+        if "can require gradients" in text:
+            return Unsupported(Reason.LAYER_UNUSABLE, "a tapped layer returns integers, which have no gradient")
+        return error
+
+    def _arranged(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """The forward's arguments: inputs as given, a list where the model wants one, defaults for what is missing."""
+        arguments: list[Any] = list(inputs)
+        if (
+            self._arguments
+            and self._arguments[0].type.annotation_str == "List[Tensor]"
+            and isinstance(inputs[0], Tensor)
+        ):
+            arguments = [list(inputs) if len(inputs) > 1 else list(inputs[0].unbind(0))]
+        if self._copies_inputs:
+            arguments = [_copied(argument) for argument in arguments]
+        missing = self._arguments[len(arguments) :]
+        return [*arguments, *(argument.default_value for argument in missing if argument.has_default_value())]
+
+    def _pick(self, tap: TapName) -> Pick:
+        """Finds the tensor a tap names."""
+        numbers = self._at.get(tap.path)
+        if numbers is None:
+            raise self._missing(tap)
+        if tap.call is not None and tap.call >= len(numbers):
+            raise _not_found(tap, f"'{tap.path}' is called {len(numbers)} times: {self._names(tap.path)}")
+        place = self._places[numbers[-1 if tap.call is None else tap.call]]
+        if place.refusal:
+            raise _unusable(tap, f"{place.refusal}; {self._others(tap)}")
+        names = _listed([str(TapName(tap.path, tap.call, key)) for key in place.keys])
+        if tap.output is None and place.keys:
+            raise _unusable(tap, f"it returns several tensors; name one: {names}")
+        if tap.output is not None and tap.output not in place.keys:
+            raise _not_found(tap, f"known: {names}" if names else f"it returns one tensor; write '{tap.path}'")
+        return place.number, tap.output or ""
+
+    def _missing(self, tap: TapName) -> NotFound | Unsupported:
+        if tap.path in dict(self._archive.named_modules()):
+            return _unusable(tap, "the forward never calls it: it only holds other layers, or is not used")
+        return _not_found(tap, self._others(tap))
+
+    def _others(self, tap: TapName) -> str:
+        tappable = list(dict.fromkeys(place.path for place in self._places if not place.refusal))
+        near = difflib.get_close_matches(tap.path, [path for path in tappable if path != tap.path], n=5, cutoff=0.5)
+        hint = f"near names: {_listed(near)}; " if near else ""
+        return f"{hint}layers that can be tapped: {_listed(sorted(tappable, key=lambda path: path.count('.')))}"
+
+    def _names(self, path: str) -> str:
+        return _listed([f"{path}#{index}" for index in range(len(self._at[path]))])
+
+
+class ScriptCut:
+    """A `Cut` of a TorchScript program. The crossing is the list of values that the tail needs besides the activation.
+
+    Args:
+        program: the program that was cut.
+        front: `(self, *inputs) -> (activation, *crossing)`.
+        tail: `(self, activation, *crossing) -> outputs`.
+        written: which of the tail's arguments it writes into.
+    """
+
+    def __init__(
+        self,
+        program: ScriptProgram,
+        front: Callable[..., Any],
+        tail: Callable[..., Any],
+        written: Sequence[bool],
+    ) -> None:
+        self._program = program
+        self._front = front
+        self._tail = tail
+        self._written = written
+
+    def front(self, *inputs: Tensor) -> tuple[Tensor, list[Any]]:
+        """Runs up to the tap without grad; returns the activation, shape (b, ...), and the crossing."""
+        with torch.no_grad():
+            activation, *crossing = self._program._call(self._front, self._program._arranged(inputs))  # noqa: SLF001
+        return activation, crossing
+
+    def tail(self, activation: Tensor, crossing: Sequence[Any]) -> Any:
+        """Runs the rest, with grad if it is enabled where this is called. What the tail would write into is copied first."""
+        arguments = zip([activation, *crossing], self._written, strict=True)
+        return self._program._call(self._tail, [_copied(value) if written else value for value, written in arguments])  # noqa: SLF001
+
+
+def _numbered(known: Sequence[Place]) -> tuple[tuple[Call, ...], Mapping[str, Sequence[int]]]:
+    """The calls with their index, and for each path the numbers of its calls."""
+    at: dict[str, list[int]] = collections.defaultdict(list)
+    calls = []
+    for place in known:
+        calls.append(Call(path=place.path, index=len(at[place.path]), outputs=place.keys, refusal=place.refusal))
+        at[place.path].append(place.number)
+    return tuple(calls), dict(at)
+
+
+def _copied(value: Any) -> Any:
+    """The same value in memory of its own."""
+    match value:
+        case Tensor():
+            return value.clone()
+        case list():
+            return [_copied(element) for element in value]
+        case tuple():
+            return tuple(_copied(element) for element in value)
+        case dict():
+            return {key: _copied(element) for key, element in value.items()}
+        case _:
+            return value
+
+
+def _not_found(tap: TapName, what: str) -> NotFound:
+    return NotFound(Reason.LAYER_NOT_FOUND, f"layer '{tap}' does not exist; {what}", metadata={"layer": tap})
+
+
+def _unusable(tap: TapName, why: str) -> Unsupported:
+    return Unsupported(Reason.LAYER_UNUSABLE, f"layer '{tap}' cannot be tapped: {why}", metadata={"layer": tap})
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_IN_A_MESSAGE
+    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rsplit("\n", maxsplit=1)[-1]

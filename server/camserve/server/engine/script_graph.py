@@ -1,0 +1,346 @@
+"""The graph of a TorchScript archive, made ready for surgery: every private torch call the engine makes is in this file.
+
+Arrives: a loaded `ScriptModule`. Leaves: one flat graph in which every module call is inlined, control flow that the archive's
+own settings decide is gone, and behind each call stands a *mark* that knows the path, number and value of that call.
+`script_taps.py` turns marks into taps and cuts, `script.py` owns the result.
+
+A mark is two nodes. `prim::unchecked_cast` hands the returned value on: it is an identity for every type, which alias analysis
+and all passes used here understand. `prim::Print` behind it counts as an effect, so no pass drops the call from the list, even
+if nothing uses its value. No mark survives into a compiled function, so nothing is ever printed.
+"""
+# Module hooks do not exist on ScriptModules and torch has no public interface to their graphs. The names below are
+# those that torch's own tracing, freezing and ONNX code use; each function here says which one it wraps and why.
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Block",
+    "Chain",
+    "Graph",
+    "Node",
+    "Value",
+    "attribute_tensors",
+    "code_of",
+    "compiled",
+    "constant_tensors",
+    "copied",
+    "discard_unused",
+    "forward_arguments",
+    "interpreted",
+    "mark_calls",
+    "mark_operators",
+    "marked_graph",
+    "marks",
+    "optional_tensor",
+    "receiver",
+    "retarget_constants",
+    "tensor",
+    "tuple_of",
+    "unmark",
+    "walk",
+    "written_arguments",
+]
+
+# The stubs of torch._C leave out most methods of these classes.
+Graph: TypeAlias = Any
+Block: TypeAlias = Any
+Node: TypeAlias = Any
+Value: TypeAlias = Any
+Chain: TypeAlias = tuple[tuple[Node, int], ...]
+"""The `prim::If`s and `prim::Loop`s around a node, outermost first, each with the number of the block the node is in."""
+
+_MARK, _RECORD = "prim::unchecked_cast", "prim::Print"
+
+# How the methods are called that a module call runs: scripted overloads are `forward__0`; a trace names a module's second
+# call `forward1`.
+_FORWARD = re.compile(r"forward(__)?\d*")
+
+_IMMUTABLE_KINDS = frozenset({"BoolType", "IntType", "FloatType", "StringType", "NoneType", "TupleType"})
+_CONTAINER_KINDS = frozenset({"DictType", "ListType"})
+_CONTAINER_READS = frozenset(
+    {"aten::__contains__", "aten::__getitem__", "aten::len", "aten::keys", "prim::unchecked_cast"}
+)
+
+
+def walk(block: Block, chain: Chain = ()) -> Iterator[tuple[Node, Chain]]:
+    """Every node of a graph or block in order, those of nested blocks after the node that owns them."""
+    for node in list(block.nodes()):
+        yield node, chain
+        for number, inner in enumerate(list(node.blocks())):
+            yield from walk(inner, (*chain, (node, number)))
+
+
+def marked_graph(archive: torch.jit.ScriptModule, device: torch.device, dtype: torch.dtype) -> Graph:
+    """A flat graph `(self, *inputs) -> output` of the archive's forward, every module call marked; the archive is untouched."""
+    graph = archive._c._get_method("forward").graph.copy()
+    mark_calls(graph, archive)
+    # What is left are calls of plain functions (torch.nn.functional) and of script classes.
+    torch._C._jit_pass_inline(graph)
+    retarget_constants(graph, device, dtype)
+    _fold(graph, archive)
+    if not any(True for _ in marks(graph)):
+        mark_operators(graph)
+    _number(graph)
+    return graph
+
+
+def mark_calls(graph: Graph, archive: torch.jit.ScriptModule) -> None:
+    """Inlines every module call, in place, leaving a mark behind each.
+
+    torch's inliner forgets all but the last step of a path such as `blocks.0`; doing it here, one call at a time, always has the
+    whole chain of attributes from the archive down to the module that is called, and never rewrites the archive's methods.
+    """
+    found = True
+    while found:
+        found = False
+        for node in list(graph.findAllNodes("prim::CallMethod")):
+            path = _module_path(graph, node.inputsAt(0))
+            if path is None:
+                continue
+            found = True
+            module = _submodule(archive, path)
+            # A module interface hides the attributes of the module behind it; here the module is known.
+            node.inputsAt(0).setType(module._type())
+            graph.setInsertPoint(node)
+            (value,) = graph.insertGraph(module._get_method(node.s("name")).graph, list(node.inputs()))
+            if path and _FORWARD.fullmatch(node.s("name")):
+                value = _mark(graph, value, path, before=node)
+            node.output().replaceAllUsesWith(value)
+            node.destroy()
+    graph.setInsertPoint(graph.return_node())
+
+
+def mark_operators(graph: Graph) -> None:
+    """Marks every operator that returns a tensor, as `op.conv2d`, `op.relu`: all that a frozen archive still tells."""
+    for node, _ in walk(graph):
+        if (
+            not node.kind().startswith("aten::")
+            or node.outputsSize() != 1
+            or node.output().type().kind() != "TensorType"
+        ):
+            continue
+        value, path = node.output(), "op." + node.kind().removeprefix("aten::").strip("_")
+        mark = graph.create(_MARK, [value], 1)
+        mark.s_("path", path)
+        mark.output().setType(value.type())
+        mark.insertAfter(node)
+        record = graph.create(_RECORD, [mark.output()], 0)
+        record.s_("path", path)
+        record.insertAfter(mark)
+        value.replaceAllUsesAfterNodeWith(record, mark.output())
+
+
+def _mark(graph: Graph, value: Value, path: str, *, before: Node) -> Value:
+    mark = graph.create(_MARK, [value], 1)
+    mark.s_("path", path)
+    mark.output().setType(value.type())
+    mark.insertBefore(before)
+    record = graph.create(_RECORD, [mark.output()], 0)
+    record.s_("path", path)
+    record.insertBefore(before)
+    return mark.output()
+
+
+def _module_path(graph: Graph, value: Value) -> str | None:
+    """Dotted path of a module value, '' for the archive itself, None if it is not reached by attributes alone."""
+    root, names = next(iter(graph.inputs())).unique(), []
+    while value.unique() != root:
+        if value.node().kind() != "prim::GetAttr":
+            return None
+        names.append(value.node().s("name"))
+        value = value.node().input()
+    return ".".join(reversed(names))
+
+
+def _submodule(archive: torch.jit.ScriptModule, path: str) -> Any:
+    module = archive._c
+    for name in path.split(".") if path else ():
+        module = module.getattr(name)
+    return module
+
+
+def _fold(graph: Graph, archive: torch.jit.ScriptModule) -> None:
+    """Replaces settings such as `training` by their values, then drops the branches never taken and unrolls fixed loops.
+
+    `torch.jit.freeze` would do so too, but also turns weights into constants, drops `detach` and merges equal calls.
+    """
+    writes = graph.findAllNodes("prim::SetAttr")
+    written = {(_module_path(graph, node.inputsAt(0)), node.s("name")) for node in writes}
+    for node in list(graph.findAllNodes("prim::GetAttr")):
+        value, path = node.output(), _module_path(graph, node.inputsAt(0))
+        if path is None or (path, node.s("name")) in written:
+            continue
+        kind = value.type().kind()
+        read_only = kind in _CONTAINER_KINDS and all(use.user.kind() in _CONTAINER_READS for use in value.uses())
+        if kind in _IMMUTABLE_KINDS or read_only:
+            graph.setInsertPoint(node)
+            try:
+                constant = graph.insertConstant(_submodule(archive, path).getattr(node.s("name")))
+            except RuntimeError:
+                continue  # A tuple or list of something that cannot be a constant: it stays an attribute.
+            value.replaceAllUsesWith(constant)
+            node.destroy()
+    graph.setInsertPoint(graph.return_node())
+    torch._C._jit_pass_constant_propagation(graph)
+    torch._C._jit_pass_constant_loop_unrolling(graph)
+    torch._C._jit_pass_constant_propagation(graph)
+    torch._C._jit_pass_dce(graph)
+
+
+def marks(graph: Graph) -> Iterator[tuple[Node | None, Node, Chain]]:
+    """Each call in order as (mark, record, blocks around it); the mark is None where the value became a constant."""
+    for node, chain in list(walk(graph)):
+        if node.kind() == _RECORD and node.hasAttribute("path"):
+            mark = node.input().node()
+            yield (mark if mark.kind() == _MARK and mark.hasAttribute("path") else None), node, chain
+
+
+def _number(graph: Graph) -> None:
+    for number, (_, record, _chain) in enumerate(marks(graph)):
+        record.i_("number", number)
+
+
+def unmark(mark: Node | None, record: Node) -> None:
+    """Takes one mark out of its graph: the value goes on as if the mark had never been."""
+    record.destroy()
+    if mark is not None:
+        value = mark.output()
+        value.replaceAllUsesWith(mark.input())
+        mark.destroy()
+
+
+def discard_unused(graph: Graph) -> None:
+    """Removes nodes that have neither an effect nor a reader."""
+    torch._C._jit_pass_dce(graph)
+
+
+def copied(graph: Graph) -> Graph:
+    """A copy to operate on. It shares tensors and keeps marks (paths kept by torch itself are lost in copies)."""
+    return graph.copy()
+
+
+def compiled(name: str, graph: Graph) -> Callable[..., Any]:
+    """A function out of a finished graph; call it inside `interpreted()`, with the archive's `_c` first."""
+    graph.lint()
+    function: Callable[..., Any] = torch._C._create_function_from_graph(name, graph)
+    return function
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Runs compiled functions operator by operator, as eager mode would, without the profiling executor.
+
+    That executor records the first calls, then rewrites the graph for the shapes it saw, and again for new ones: slow second
+    calls, other kernels and hence other bits. The switch is thread-local in torch, so other threads keep their mode and it does
+    not matter which thread loaded the program; it is read when a function is called.
+    """
+    before = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)  # noqa: FBT003 - the argument has no name
+    try:
+        yield
+    finally:
+        torch._C._set_graph_executor_optimize(before)
+
+
+def receiver(archive: torch.jit.ScriptModule) -> Any:
+    """What a compiled function takes as its first argument."""
+    return archive._c
+
+
+def code_of(archive: torch.jit.ScriptModule) -> str:
+    """The source torch keeps of every method of every module, as text that is the same in every process.
+
+    Class names are mangled by the order in which a process loads them, so that part is dropped.
+    """
+    texts = [
+        f"{path}.{name}\n{module._c._get_method(name).code}"
+        for path, module in archive.named_modules()
+        for name in sorted(module._c._method_names())
+    ]
+    return re.sub(r"\.?___torch_mangle_\d+", "", "\n".join(texts))
+
+
+def forward_arguments(archive: torch.jit.ScriptModule) -> list[Any]:
+    """The forward's schema arguments without `self`: name, type, default. A compiled function knows no defaults."""
+    return list(archive._c._get_method("forward").schema.arguments)[1:]
+
+
+def written_arguments(node: Node) -> list[Value] | None:
+    """The tensors an operator writes in place; None if that cannot be known (it calls something that is not inlined)."""
+    kind = node.kind()
+    if kind in {"prim::CallMethod", "prim::CallFunction", "prim::fork", "prim::awaitable", "prim::rpc_async"}:
+        return None
+    schema = node.schema()
+    if schema == "(no schema)":
+        return []
+    arguments = torch._C.parse_schema(schema).arguments
+    return [
+        value
+        for value, argument in zip(node.inputs(), arguments, strict=False)
+        if argument.is_write and "Tensor" in value.type().annotation_str
+    ]
+
+
+def tuple_of(values: Sequence[Value]) -> Any:
+    """The type of a tuple of these values."""
+    return torch._C.TupleType([value.type() for value in values])
+
+
+def tensor() -> Any:
+    """The type `Tensor`."""
+    return torch._C.TensorType.get()
+
+
+def optional_tensor() -> Any:
+    """The type `Optional[Tensor]`."""
+    return torch._C.OptionalType(torch._C.TensorType.get())
+
+
+def attribute_tensors(graph: Graph, archive: torch.jit.ScriptModule) -> dict[str, Tensor]:
+    """Tensors the forward reads from the archive, by dotted name; also plain attributes that are no parameter or buffer."""
+    found: dict[str, Tensor] = {}
+    for node in graph.findAllNodes("prim::GetAttr"):
+        path = _module_path(graph, node.inputsAt(0))
+        if path is None:
+            continue
+        value = _submodule(archive, path).getattr(node.s("name"))
+        if isinstance(value, Tensor):
+            found[f"{path}.{node.s('name')}" if path else node.s("name")] = value
+    return found
+
+
+def constant_tensors(graph: Graph) -> dict[str, Tensor]:
+    """Tensors held by the graph itself, as `constant.0`, `constant.1` in order: the weights of a frozen archive."""
+    nodes = [node for node in graph.findAllNodes("prim::Constant") if _holds_tensor(node)]
+    return {f"constant.{number}": node.t("value") for number, node in enumerate(nodes)}
+
+
+def retarget_constants(graph: Graph, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves the graph's tensor constants and the devices a trace has baked in; `ScriptModule.to` reaches neither.
+
+    Scalars (0-dim tensors) stay as they are: they mix with any device and dtype.
+    """
+    for node in graph.findAllNodes("prim::Constant"):
+        if _holds_tensor(node):
+            tensor = node.t("value").detach()
+            if tensor.dim() > 0:
+                tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            node.t_("value", tensor)
+            node.output().setType(torch._C.TensorType.get())
+        elif node.output().type().kind() == "DeviceObjType":
+            graph.setInsertPoint(node)
+            node.output().replaceAllUsesWith(graph.insertConstant(device))
+    graph.setInsertPoint(graph.return_node())
+
+
+def _holds_tensor(node: Node) -> bool:
+    return bool(node.hasAttribute("value") and node.kindOf("value") == "t")

@@ -1,0 +1,108 @@
+"""Which values of a TorchScript graph share memory, and what is written in place when.
+
+Arrives: the marked graph of `script_graph.py`. Leaves: for one module call, which copies a tap there needs, or why it would be
+wrong. `script_taps.py` asks. Taps stay exact because of this, and cheap: most layers need no copy at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from camserve.server.engine.script_graph import Block, Graph, Node, Value, written_arguments
+
+__all__ = ["Memory"]
+
+_SHARED = (
+    "its value shares memory with another value of the model, and one of the two is written in place while the other is "
+    "still in use; tap the layer before it"
+)
+
+
+class Memory:
+    """The writes and the life times of a graph's values, over torch's alias analysis.
+
+    Args:
+        graph: marked and numbered; must not change while this is in use.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._aliases = graph.alias_db()
+        self._inputs = [value for value in graph.inputs() if _holds_tensors(value)]
+        self._values: dict[int, tuple[int, Value]] = {value.unique(): (-1, value) for value in graph.inputs()}
+        self._last_use: dict[int, int] = {}
+        self._writes: list[tuple[int, Value | None]] = []
+        self._records: dict[int, int] = {}
+        self._time = 0
+        self._read(graph)
+
+    def _read(self, block: Block) -> None:
+        """Numbers the nodes of a block in order, nested blocks within; a block's outputs are used at its end."""
+        for node in block.nodes():
+            self._time += 1
+            self._values |= {value.unique(): (self._time, value) for value in node.outputs()}
+            if node.kind() == "prim::Print" and node.hasAttribute("number"):
+                self._records[node.i("number")] = self._time
+                continue
+            self._last_use |= {value.unique(): self._time for value in node.inputs()}
+            written = written_arguments(node)
+            self._writes += [(self._time, None)] if written is None else [(self._time, value) for value in written]
+            for inner in node.blocks():
+                self._values |= {value.unique(): (self._time, value) for value in inner.inputs()}
+                self._read(inner)
+        self._time += 1
+        self._last_use |= {value.unique(): self._time for value in block.outputs()}
+
+    def writes_inputs(self) -> bool:
+        """Whether a forward writes into the tensors it is given."""
+        return any(self._reaches(written, value) for _, written in self._writes for value in self._inputs)
+
+    def written_since(self, value: Value, event: Value) -> bool:
+        """Whether anything behind the birth of `event` writes into the memory of `value`."""
+        born = self._values[event.unique()][0]
+        return _holds_tensors(value) and any(
+            time > born and self._reaches(written, value) for time, written in self._writes
+        )
+
+    def share_written(self, values: Sequence[Value], written: Sequence[bool]) -> bool:
+        """Whether a written one of these values shares memory with another of them."""
+        tensors = [
+            (value, is_written) for value, is_written in zip(values, written, strict=True) if _holds_tensors(value)
+        ]
+        return any(
+            (first[1] or second[1]) and self._aliases.may_contain_alias(first[0], second[0])
+            for first, second in itertools.combinations(tensors, 2)
+        )
+
+    def hazards(self, mark: Node, number: int) -> tuple[bool, bool, str]:
+        """(copy the captured value, copy what goes on, refusal) for a call that returns tensors.
+
+        An in-place operator behind the layer needs one copy, handed on. A value that is also known under another name (an
+        identity hands its input on) is copied for the capture if that name is written later. If the two names are written and
+        read in turn, a tap would part them and so change what the model computes: refused.
+        """
+        value, own, here = mark.input(), mark.output().unique(), self._records[number]
+        given = any(self._aliases.may_contain_alias(value, other) for other in self._inputs)
+        writes = [time for time, written in self._writes if time > here and self._reaches(written, value)]
+        if not writes:
+            return given, False, ""
+        others, last_use_onward = False, here
+        for unique, last_use in self._last_use.items():
+            born, name = self._values[unique]
+            if last_use > here and _holds_tensors(name) and self._aliases.may_contain_alias(name, value):
+                if born > here or unique == own:
+                    last_use_onward = max(last_use_onward, last_use)
+                else:
+                    others = True
+        if not others:
+            return given, True, ""
+        if last_use_onward < min(writes):
+            return True, False, ""
+        return True, True, _SHARED
+
+    def _reaches(self, written: Value | None, value: Value) -> bool:
+        return written is None or self._aliases.may_contain_alias(written, value)
+
+
+def _holds_tensors(value: Value) -> bool:
+    return "Tensor" in value.type().annotation_str
