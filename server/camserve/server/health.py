@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from http.server import ThreadingHTTPServer
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -52,7 +51,6 @@ class MetricsPage:
 
     def __init__(self, metrics: Metrics, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._server: ThreadingHTTPServer
         self._server, self._thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
         self.port: int = self._server.server_port
 

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -24,6 +25,8 @@ from camserve.server.replies import Outcome, Reply, RowForwarded, deliver
 
 __all__ = ["Runner"]
 
+_T = TypeVar("_T")
+
 _log = structlog.get_logger("camserve.runner")
 
 
@@ -36,7 +39,7 @@ class Runner:
         if torch_threads:
             torch.set_num_threads(torch_threads)
 
-    async def call(self, work: Callable[[], object]) -> object:
+    async def call(self, work: Callable[[], _T]) -> _T:
         """Runs something else on the device thread, such as loading a model."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 

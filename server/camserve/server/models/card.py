@@ -15,6 +15,7 @@ class LayerCard:
 
     Attributes:
         name: as written in a spec, such as `layer4` or `layer4.1.relu#0`.
+        spellings: every name that means this place, `name` among them.
         shape: of its value for one row, as the model lays it out.
         layout: `channels_first`, `channels_last`, `tokens`, or empty when no map can be made.
         map_shape: sizes of a map made there.
@@ -22,6 +23,7 @@ class LayerCard:
     """
 
     name: str
+    spellings: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     layout: str = ""
     map_shape: tuple[int, ...] = ()
@@ -90,7 +92,7 @@ class ModelCard:
 
     def layer(self, name: str) -> LayerCard | None:
         """The layer of that written name, or None."""
-        return next((layer for layer in self.layers if layer.name == name), None)
+        return next((layer for layer in self.layers if name == layer.name or name in layer.spellings), None)
 
     def method(self, slug: str) -> MethodCard | None:
         """What the card says of a method, or None."""

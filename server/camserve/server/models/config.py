@@ -54,6 +54,9 @@ class FactoryConfig(BaseModel):
         description="torchvision:resnet50, timm:convnext_tiny, or an allow-listed package.module:function."
     )
     pretrained: bool = False
+    allowed_imports: tuple[str, ...] = Field(
+        (), description="Modules from which package.module:function may be imported."
+    )
     random_seed: int | None = Field(None, description="Random weights, for benchmarks; marked on the card.")
 
 

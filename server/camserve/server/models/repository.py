@@ -85,8 +85,6 @@ class Repository:
             raise NotFound(
                 Reason.MODEL_NOT_FOUND,
                 f"model {name!r} is not on this server{hint} {', '.join(names[:20]) or 'none'}",
-                    "?  ", "? "
-                ),
                 field="model",
                 metadata={"model": name},
             )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -15,16 +18,17 @@ __all__ = ["DOMAIN", "card_message", "response", "status_of"]
 
 DOMAIN = "camserve"
 
-_METHODS = words.inverse(words.METHODS)
-_PROFILES = words.inverse(words.PROFILES)
-_SCORES = words.inverse(words.SCORES)
-_ENCODINGS = words.inverse(words.ENCODINGS)
-_COMPRESSIONS = words.inverse(words.COMPRESSIONS)
-_FLAGS = words.inverse(words.FLAGS)
-_KINDS = words.inverse(words.KINDS)
-_LAYOUTS = words.inverse(words.LAYOUTS)
+# The stubs want their own enum types where the run time takes any number; Any stands between.
+_METHODS: Mapping[str, Any] = words.inverse(words.METHODS)
+_PROFILES: Mapping[jobs.Profile, Any] = words.inverse(words.PROFILES)
+_SCORES: Mapping[jobs.Score, Any] = words.inverse(words.SCORES)
+_ENCODINGS: Mapping[jobs.Encoding, Any] = words.inverse(words.ENCODINGS)
+_COMPRESSIONS: Mapping[jobs.Compression, Any] = words.inverse(words.COMPRESSIONS)
+_FLAGS: Mapping[jobs.MapFlag, Any] = words.inverse(words.FLAGS)
+_KINDS: Mapping[str, Any] = words.inverse(words.KINDS)
+_LAYOUTS: Mapping[str, Any] = words.inverse(words.LAYOUTS)
 
-_CODES: tuple[tuple[type[errors.CamserveError], int], ...] = (
+_CODES: tuple[tuple[type[errors.CamserveError], Any], ...] = (
     (errors.InvalidRequest, code_pb2.INVALID_ARGUMENT),
     (errors.NotFound, code_pb2.NOT_FOUND),
     (errors.Overloaded, code_pb2.RESOURCE_EXHAUSTED),
@@ -76,7 +80,7 @@ def status_of(error: errors.CamserveError) -> status_pb2.Status:
     return status
 
 
-def _code(error: errors.CamserveError) -> int:
+def _code(error: errors.CamserveError) -> Any:
     if isinstance(error, errors.Unsupported):
         return code_pb2.UNIMPLEMENTED if error.reason in _UNIMPLEMENTED else code_pb2.FAILED_PRECONDITION
     if error.reason is errors.Reason.OUT_OF_MEMORY:

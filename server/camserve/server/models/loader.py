@@ -1,0 +1,177 @@
+"""Source to served model: loads the program, lets the probe look at it, writes the card, warms up.
+
+Called by `app.py` on the device thread, once for each model version. Anything that does not fit is refused here, with the reason,
+rather than at the first request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import torch
+
+from camserve.server.cam.methods import METHODS, Method, Need
+from camserve.server.engine.export import load_export
+from camserve.server.engine.factories import load_factory
+from camserve.server.engine.passes import PassModel, run_pass
+from camserve.server.engine.probe import LayerReport, ProbeReport, probe
+from camserve.server.engine.program import Program
+from camserve.server.engine.script import load_script
+from camserve.server.jobs import Spec
+from camserve.server.models.card import LayerCard, MethodCard, ModelCard
+from camserve.server.models.repository import ServedModel
+from camserve.server.models.sources import ModelSource
+
+__all__ = ["load_model"]
+
+# Noise only shows shapes and dependencies; a fixed seed keeps load-time facts the same from start to start.
+_PROBE_SEED = 0
+_PROBE_ROWS = 2
+
+
+def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int) -> ServedModel:
+    """Loads one version of one model.
+
+    Args:
+        source: where it is and what its card says.
+        device: where it will run.
+        max_batch_rows: the server's limit; the card and the probe may lower it.
+
+    Raises:
+        ValueError: the file, the card and the model do not fit together; the text says how.
+        CamserveError: the program does not run, or nothing in it can be explained.
+    """
+    started = time.perf_counter()
+    config = source.config
+    program = _program(source, device)
+    recipe = config.recipe()
+    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    noise = torch.randn((_PROBE_ROWS, *recipe.shape), generator=generator).to(program.device, program.dtype)
+    report = probe(program, noise, output_path=config.output.path)
+    _check_fit(source, report)
+    pass_model = PassModel(
+        program=program,
+        layouts=report.layouts,
+        classes=report.classes,
+        head=report.head,
+        head_layer=report.head_layer,
+        output_path=config.output.path,
+    )
+    rows = min(config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
+    methods = tuple(_method_card(method, report) for method in METHODS.values())
+    default_layer = config.default_layer or report.default_layer
+    _warm_up(pass_model, noise, rows if report.static_batch is None else report.static_batch, default_layer, methods)
+    digests = program.digests()
+    factory = config.factory
+    notes = [*report.notes]
+    if factory is not None and factory.random_seed is not None:
+        notes.append(f"random weights, seed {factory.random_seed}: its answers mean nothing")
+    card = ModelCard(
+        name=source.name,
+        version=source.version,
+        labels=config.labels,
+        class_count=report.classes,
+        recipe=recipe,
+        kind=program.kind.value,
+        device=str(program.device),
+        dtype=str(program.dtype).removeprefix("torch."),
+        layers=tuple(_layer_card(layer) for layer in report.layers),
+        default_layer=default_layer,
+        methods=methods,
+        weights_sha256=digests.weights,
+        code_sha256=digests.code,
+        model_sha256=hashlib.sha256(f"{digests.weights}{digests.code}".encode()).hexdigest(),
+        max_batch_rows=rows,
+        static_batch_rows=report.static_batch,
+        rows_independent=report.rows_independent,
+        warm_up_seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+    )
+    return ServedModel(card=card, pass_model=pass_model)
+
+
+def _program(source: ModelSource, device: torch.device) -> Program:
+    config = source.config
+    dtype = getattr(torch, config.precision)
+    if config.factory is not None:
+        return load_factory(
+            config.factory.name,
+            weights=source.path,
+            random_seed=config.factory.random_seed,
+            pretrained=config.factory.pretrained,
+            allowed_imports=config.factory.allowed_imports,
+            device=device,
+            dtype=dtype,
+        )
+    if source.path is None:
+        raise ValueError(f"model {source.name!r} has neither a file nor a factory")
+    match source.path.suffix:
+        case ".pt2":
+            return load_export(source.path, device=device, dtype=dtype)
+        case ".pt" | ".pth" | ".torchscript" | ".ts":
+            return load_script(source.path, device=device, dtype=dtype)
+        case suffix:
+            raise ValueError(
+                f"model file {source.path.name} has the ending {suffix!r}; served are .pt (TorchScript) and .pt2 (torch.export); "
+                "weights alone need [factory] name in model.toml"
+            )
+
+
+def _check_fit(source: ModelSource, report: ProbeReport) -> None:
+    config = source.config
+    if report.classes == 0:
+        raise ValueError(
+            f"model {source.name!r} does not return one row of class scores for each image; "
+            "set output.path in model.toml if it returns a dict or a tuple that holds them"
+        )
+    if config.labels and len(config.labels) != report.classes:
+        raise ValueError(
+            f"model {source.name!r} has {report.classes} classes, but its card has {len(config.labels)} labels"
+        )
+    if config.default_layer and config.default_layer not in report.layouts:
+        known = ", ".join(list(report.layouts)[:12])
+        raise ValueError(
+            f"default_layer {config.default_layer!r} gives no map in model {source.name!r}; layers: {known}"
+        )
+    if not config.default_layer and not report.default_layer:
+        raise ValueError(
+            f"no layer of model {source.name!r} gives a map: {'; '.join(report.notes) or 'none was found'}"
+        )
+
+
+def _layer_card(layer: LayerReport) -> LayerCard:
+    layout = layer.layout
+    return LayerCard(
+        name=layer.name,
+        spellings=layer.spellings,
+        shape=layer.shape,
+        layout=layout.kind.value if layout else "",
+        map_shape=layout.grid if layout else (),
+        refusal=layer.refusal,
+    )
+
+
+def _method_card(method: Method, report: ProbeReport) -> MethodCard:
+    if Need.GRADIENT in method.needs and not report.differentiable:
+        return MethodCard(slug=method.slug, works=False, note=report.differentiable_reason)
+    if Need.LINEAR_HEAD in method.needs:
+        if report.head is None:
+            note = "it needs average pooling and one linear layer behind the layer; grad-cam needs neither"
+            return MethodCard(slug=method.slug, works=False, note=note)
+        head_layer = next(layer for layer in report.layers if report.head_layer in layer.spellings)
+        note = f"at {report.head_layer}, which feeds average pooling and the last linear layer"
+        return MethodCard(slug=method.slug, works=True, note=note, only_layers=head_layer.spellings)
+    return MethodCard(slug=method.slug, works=True)
+
+
+def _warm_up(
+    model: PassModel, noise: torch.Tensor, rows: int, default_layer: str, methods: tuple[MethodCard, ...]
+) -> None:
+    """Runs the pass that requests will run, at the smallest and the largest size, so that the first caller pays for nothing."""
+    slug = next((method.slug for method in methods if method.works and not method.only_layers), None)
+    spec = None if slug is None else Spec(index=0, method=slug, layers=(default_layer,))
+    for size in sorted({1, rows}) if rows > 1 else [1]:
+        batch = noise[:1].expand(size, *noise.shape[1:]).contiguous()
+        for _ in run_pass(model, batch, [(spec,) if spec else ()] * size):
+            pass
