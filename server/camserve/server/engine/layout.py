@@ -26,10 +26,10 @@ _PREFIXES = (0, 1, 2, 4, 5, 8, 9)
 class LayoutKind(enum.StrEnum):
     """The order of an activation's axes."""
 
-    CHANNELS_FIRST = "channels_first"
+    CHANNELS_FIRST = "channels-first"
     """(b, c, *space): convolutional networks."""
 
-    CHANNELS_LAST = "channels_last"
+    CHANNELS_LAST = "channels-last"
     """(b, *space, c): Swin and other NHWC blocks."""
 
     TOKENS = "tokens"
