@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from camserve.server.cam.methods import Compute, Method, Need, find_method
+from camserve.server.engine.head import LinearHead
 from camserve.server.engine.layout import Layout
 from camserve.server.engine.program import Program, TapName
 from camserve.server.engine.targets import resolve
 from camserve.server.errors import CamserveError, Reason, Unsupported
 from camserve.server.jobs import ResolvedTarget, Spec, SpecFailed
-
-if TYPE_CHECKING:  # A probe runs programs and may run passes: at run time only the names below it are needed here.
-    from camserve.server.engine.probe import LinearHead
 
 __all__ = ["Ask", "Failure", "PassModel", "check", "distinct_targets", "fresh", "settle"]
 
