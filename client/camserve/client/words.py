@@ -66,7 +66,7 @@ class Vocabulary:
     def _refusal(self, word: object) -> str:
         near = difflib.get_close_matches(_key(word), self._by_key, n=1) if isinstance(word, str) else []
         hint = f"; did you mean {self._by_name[self._by_key[near[0]]]!r}?" if near else "."
-        return f"{word!r} is not a {self.noun}{hint} Known: {', '.join(self.words)}"
+        return f"unknown {self.noun} {word!r}{hint} Known: {', '.join(self.words)}"
 
 
 def _key(word: str) -> str:
