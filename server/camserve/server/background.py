@@ -11,7 +11,7 @@ import concurrent.futures
 import threading
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from camserve.server.app import App
 from camserve.server.models.repository import ModelState
@@ -37,7 +37,7 @@ class BackgroundServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="camserve-server", daemon=True)
 
-    def __enter__(self) -> BackgroundServer:
+    def __enter__(self) -> Self:
         """Returns when every model is ready.
 
         Raises:
