@@ -21,6 +21,9 @@ _MAX_DIRECTORY_ENTRIES = 4_096
 # Every scan of a progressive JPEG is a pass over all its blocks; encoders write about ten.
 _MAX_SCANS = 64
 
+# What reading past the end gives; OverflowError for 64-bit offsets of BigTIFF.
+_CUT_SHORT = (struct.error, IndexError, OverflowError)
+
 _ORIENTATION_TAG = 0x0112
 _FIELD_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
@@ -78,7 +81,7 @@ def read_header(data: bytes) -> Header:
         raise HeaderError("it is empty: no bytes arrived")
     try:
         header = _read(data)
-    except (struct.error, IndexError) as error:
+    except _CUT_SHORT as error:
         raise HeaderError("its header is cut short or corrupt") from error
     if header.width < 1 or header.height < 1:
         raise HeaderError(f"its {header.format} header claims {header.width} x {header.height} pixels")
@@ -235,7 +238,7 @@ def _orientation(exif: bytes) -> int:
         exif = exif[6:]
     try:
         return _valid(_Directory.read(exif).integers.get(_ORIENTATION_TAG, 1))
-    except struct.error:
+    except _CUT_SHORT:
         return 1
 
 
@@ -257,7 +260,7 @@ class _Directory:
         Raises:
             HeaderError: the entries claim more bytes than the file has. Entries may point at the same bytes, so that a small
                 file could make a reader that copies each of them run out of memory.
-            struct.error: cut short.
+            struct.error, OverflowError: cut short.
         """
         order = "<" if data[:2] == b"II" else ">"
         is_big = data[2:4] in (b"+\0", b"\0+")
