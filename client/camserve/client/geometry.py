@@ -98,11 +98,14 @@ def interpolate(values: FloatArray, rows: Coordinates, columns: Coordinates) -> 
     above, below, row_share = _neighbours(rows, values.shape[0])
     left, right, column_share = _neighbours(columns, values.shape[1])
     cells = values.astype(np.float64)
-    lines = cells[above] * (1 - row_share)[:, None] + cells[below] * row_share[:, None]
+    # Adding a share of the difference, unlike a weighted sum, leaves a constant map exactly constant.
+    wide = cells[:, left] + (cells[:, right] - cells[:, left]) * column_share
     # Only now does the array grow to the source's size; float32 halves what a large photograph takes.
-    lines = lines.astype(np.float32)
-    share = column_share.astype(np.float32)
-    return np.asarray(lines[:, left] * (1 - share) + lines[:, right] * share, np.float32)
+    wide = wide.astype(np.float32)
+    result = wide[below] - wide[above]
+    result *= row_share.astype(np.float32)[:, None]
+    result += wide[above]
+    return np.asarray(result, np.float32)
 
 
 def _neighbours(coordinates: Coordinates, size: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Coordinates]:

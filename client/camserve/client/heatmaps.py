@@ -128,7 +128,7 @@ class Heatmap:
 
         Args:
             image: the source; None uses the one that was sent. For a tensor, any picture.
-            opacity: weight of the colours, 0 to 1.
+            opacity: weight of the colours where the map is largest, 0 to 1; it falls to 0 where the map is smallest.
             colormap: "turbo", "viridis", "inferno" or "gray".
 
         Raises:

@@ -36,7 +36,7 @@ COLORMAPS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 def unit_range(values: FloatArray) -> FloatArray:
-    """Returns a map scaled so that its smallest value is 0 and its largest 1; a constant map becomes 0 everywhere."""
+    """Returns a map (h, w) scaled so that its smallest value is 0 and its largest 1; a constant map becomes 0 everywhere."""
     low, high = float(values.min()), float(values.max())
     if high <= low:
         return np.zeros_like(values)
@@ -69,10 +69,13 @@ def colourise(intensities: FloatArray, colormap: str = "turbo") -> ByteArray:
 def blend(picture: Image.Image, values: FloatArray, *, opacity: float, colormap: str) -> Image.Image:
     """Returns a picture with a map's colours over it.
 
+    Colour and weight of a pixel both follow its value, as in the server's overlays: where there is no evidence the picture shows
+    through untouched.
+
     Args:
         picture: any mode, of the map's width and height.
         values: (height, width); scaled to its own range.
-        opacity: weight of the colours, 0 to 1.
+        opacity: weight of the colours where the map is largest, 0 to 1.
         colormap: a key of COLORMAPS.
 
     Returns:
@@ -83,5 +86,7 @@ def blend(picture: Image.Image, values: FloatArray, *, opacity: float, colormap:
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity is {opacity}; it must lie between 0 and 1")
-    colours = Image.fromarray(colourise(unit_range(values), colormap))
-    return Image.blend(picture.convert("RGB"), colours, opacity)
+    intensities = unit_range(values)
+    colours = Image.fromarray(colourise(intensities, colormap))
+    weights = Image.fromarray(np.rint(intensities * (opacity * 255)).astype(np.uint8))
+    return Image.composite(colours, picture.convert("RGB"), weights)

@@ -35,7 +35,7 @@ Answer = Callable[
 VALUES = np.array([[0.0, 1.0], [2.0, 4.0]], np.float32)
 
 
-class _RichStatus(grpc.Status):
+class _RichStatus(grpc.Status):  # type: ignore[misc]  # Untyped upstream.
     """The form in which grpc takes a status with trailing metadata."""
 
     def __init__(self, code: grpc.StatusCode, details: str, trailing_metadata: tuple[tuple[str, bytes], ...]) -> None:

@@ -318,7 +318,7 @@ def test_leaving_many_early_cancels_what_is_under_way(peer: Peer, client: Client
 
 def test_a_failed_image_is_returned_in_its_place_or_raised(client: Client, png: bytes) -> None:
     """One bad file need not stop the others."""
-    images = [png, b"no image", "/nowhere.png", png]
+    images: list[str | bytes] = [png, b"no image", "/nowhere.png", png]
 
     returned = list(client.explain_many(images, model="surface", on_error="return"))
 

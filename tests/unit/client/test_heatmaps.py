@@ -95,14 +95,14 @@ def test_corrupt_maps_are_told_when_they_are_looked_at() -> None:
 
 
 def test_an_overlay_uses_the_picture_that_was_sent() -> None:
-    """Opacity 0 is the picture, opacity 1 the colours alone, hottest where the map is largest."""
+    """Opacity 0 is the picture; opacity 1 is the colour alone where the map is largest and the picture where it is smallest."""
     picture = Image.new("RGB", (4, 1), (10, 20, 30))
     item = _heatmap(image=picture)
 
     plain, colours = item.overlay(opacity=0), item.overlay(opacity=1, colormap="inferno")
 
     assert [[[10, 20, 30]] * 4] == np.asarray(plain).tolist()
-    assert [0, 0, 4] == np.asarray(colours)[0, 0].tolist()
+    assert [10, 20, 30] == np.asarray(colours)[0, 0].tolist()
     assert [0xFC, 0xFF, 0xA4] == np.asarray(colours)[0, 3].tolist()
 
 
@@ -191,6 +191,13 @@ def test_colormaps_run_from_their_first_anchor_to_their_last() -> None:
         assert [anchors[0], anchors[-1]] == [bytes(end).hex() for end in ends]
     with pytest.raises(ValueError, match="there are turbo"):
         colourise(ROW, "jet")
+
+
+def test_enlarging_keeps_a_constant_map_constant() -> None:
+    """Rounding must not draw evidence where there is none."""
+    constant = np.full((3, 3), 0.1, np.float32)
+
+    assert {np.float32(0.1)} == set(resize(constant, 50, 70).ravel())
 
 
 def test_a_constant_map_points_nowhere() -> None:

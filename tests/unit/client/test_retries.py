@@ -94,7 +94,7 @@ def test_lasting_errors_are_raised_at_once(peer: Peer, client: Client) -> None:
 def test_nothing_is_tried_again_after_the_first_message(peer: Peer, client: Client, png: bytes) -> None:
     """The caller may already have acted on the prediction."""
 
-    def answer(request, context):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def answer(request, context):  # type: ignore[no-untyped-def]
         yield prediction()
         abort(context, DRAINING)
 
