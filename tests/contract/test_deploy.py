@@ -1,0 +1,302 @@
+"""Claims about what operators run: the image, the stack around it, its alerts and its dashboard.
+
+Only files are read, and one health probe is run; nothing here needs a container engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from asyncio import create_subprocess_exec
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from prometheus_client import generate_latest
+
+from camserve.server.health import Health
+from camserve.server.metrics import Metrics
+from camserve.server.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/camserve.json").read_text(encoding="utf-8"))
+RULES = [
+    rule
+    for group in yaml.safe_load((DEPLOY / "prometheus/camserve.rules.yml").read_text(encoding="utf-8"))["groups"]
+    for rule in group["rules"]
+]
+COMPOSE_FILES = sorted(DEPLOY.glob("compose*.yaml"))
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+_METRIC = re.compile(r"\b(?:camserve|process)_[a-z0-9_]+")
+_TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
+_HISTOGRAM_SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+def metric_names(expression: str) -> set[str]:
+    """The names in a PromQL expression; what stands in quotes is no name."""
+    return set(_METRIC.findall(re.sub(r'"[^"]*"', "", expression)))
+
+
+def series_names(page: str) -> set[str]:
+    """Every series name that a metrics page can carry, from its TYPE lines: they come before any sample."""
+    names = set()
+    for name, kind in _TYPE.findall(page):
+        if not name.endswith("_created"):
+            names |= {name + suffix for suffix in _HISTOGRAM_SUFFIXES} if kind == "histogram" else {name}
+    return names
+
+
+def label_names(expression: str) -> set[str]:
+    """The labels that an expression selects or groups by."""
+    selected = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", expression)
+    grouped = re.findall(r"\b(?:by|on|without)\s*\(([^)]*)\)", expression)
+    return {*selected, *(name.strip() for names in grouped for name in names.split(",") if name.strip())}
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    """The dashboard's panels without its row titles."""
+    return (panel for panel in DASHBOARD["panels"] if panel["type"] != "row")
+
+
+def dashboard_expressions() -> list[str]:
+    """Everything that the dashboard sends to Prometheus."""
+    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
+    asked += [entry["expr"] for entry in DASHBOARD["annotations"]["list"] if "expr" in entry]
+    return asked + [entry["definition"] for entry in DASHBOARD["templating"]["list"] if entry["type"] == "query"]
+
+
+def expressions() -> list[str]:
+    """Everything that deploy/ asks Prometheus."""
+    return dashboard_expressions() + [rule["expr"] for rule in RULES]
+
+
+@pytest.fixture(scope="module")
+def exported() -> set[str]:
+    """The series names of a server that has not answered anything yet."""
+    metrics = Metrics()
+    metrics.build.info({"version": "0", "torch": "0"})
+    return series_names(generate_latest(metrics.registry).decode())
+
+
+def test_every_metric_asked_for_is_exported(exported: set[str]) -> None:
+    """No panel and no alert waits for a metric that does not exist."""
+    asked = {expression: metric_names(expression) for expression in expressions()}
+
+    assert {} == {expression: names - exported for expression, names in asked.items() if names - exported}
+    assert [] == [expression for expression, names in asked.items() if not names]
+
+
+def test_every_label_asked_for_exists() -> None:
+    """No panel and no alert selects or groups by a label that no instrument carries."""
+    ours = {name for item in vars(Metrics()).values() for name in getattr(item, "_labelnames", ())}
+    known = {*ours, "le", "instance", "job", "version", "torch"}
+    asked = {expression: label_names(expression) for expression in expressions()}
+
+    assert {} == {expression: names - known for expression, names in asked.items() if names - known}
+
+
+def test_every_instrument_is_on_the_dashboard(exported: set[str]) -> None:
+    """What is measured can be seen, without writing PromQL first."""
+    shown = {name for expression in dashboard_expressions() for name in metric_names(expression)}
+    stems = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown}
+    ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported if name.startswith("camserve_")}
+
+    assert set() == ours - stems
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
+def test_alert_tells_what_to_do(rule: dict[str, Any]) -> None:
+    """Whoever is woken reads how bad it is, what happened and where to look, and not because of a single scrape."""
+    assert rule["labels"]["severity"] in {"page", "ticket"}
+    assert rule["annotations"]["summary"]
+    assert len(rule["annotations"]["description"]) > 100
+    assert rule["for"]
+
+
+def test_alerts_have_a_place_in_the_documentation() -> None:
+    """Every alert is explained in docs/operations.md."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+
+    assert [] == [rule["alert"] for rule in RULES if rule["alert"] not in text]
+
+
+def test_rules_are_tested() -> None:
+    """Every alert appears in the file of promtool's unit tests."""
+    text = (DEPLOY / "prometheus/camserve.rules.test.yml").read_text(encoding="utf-8")
+
+    assert [] == [rule["alert"] for rule in RULES if rule["alert"] not in text]
+
+
+def test_panels_are_told_apart() -> None:
+    """Panels have ids of their own, a title and a description, and do not overlap."""
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + column, place["y"] + line) for column in range(place["w"]) for line in range(place["h"])}
+        assert set() == taken & cells
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+
+    assert len(DASHBOARD["panels"]) == len({panel["id"] for panel in DASHBOARD["panels"]})
+    assert all(panel["title"] and panel["description"] for panel in panels())
+
+
+def test_dashboard_asks_the_provisioned_data_source() -> None:
+    """The dashboard's default data source is the one that compose provisions."""
+    path = DEPLOY / "grafana/provisioning/datasources/prometheus.yaml"
+    (source,) = yaml.safe_load(path.read_text(encoding="utf-8"))["datasources"]
+    (variable,) = [entry for entry in DASHBOARD["templating"]["list"] if entry["type"] == "datasource"]
+
+    assert source["uid"] == variable["current"]["value"]
+    assert {"${datasource}"} == {panel["datasource"]["uid"] for panel in panels()}
+
+
+@pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
+def test_compose_mounts_exist(path: Path) -> None:
+    """Every file and folder that compose mounts is in the tree; a missing one would become an empty folder in the container."""
+    compose = yaml.safe_load(path.read_text(encoding="utf-8"))
+    named = set(compose.get("volumes", {}))
+    sources = [mount.split(":")[0] for service in compose["services"].values() for mount in service.get("volumes", [])]
+
+    assert [] == [source for source in sources if source not in named and not (DEPLOY / source).exists()]
+
+
+def test_compose_pins_its_images() -> None:
+    """Every image that is not built here carries a full version."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    pulled = [service["image"] for service in services.values() if "build" not in service]
+
+    assert pulled
+    assert [] == [image for image in pulled if not re.search(r":v?\d+\.\d+\.\d+$", image)]
+
+
+def test_compose_sets_existing_settings() -> None:
+    """CAMSERVE_ variables name settings; a misspelt one would be ignored in silence."""
+    given = set(re.findall(r"CAMSERVE_[A-Z_]+", DOCKERFILE + (DEPLOY / "compose.yaml").read_text(encoding="utf-8")))
+
+    assert set() == given - {f"CAMSERVE_{name.upper()}" for name in Settings.model_fields}
+
+
+def test_compose_waits_for_the_drain() -> None:
+    """Compose does not kill a server that is still finishing accepted requests."""
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]["camserve"]
+    delay = float(service["environment"]["CAMSERVE_DRAIN_DELAY_SECONDS"])
+    drain: float = Settings.model_fields["drain_seconds"].default
+
+    assert int(service["stop_grace_period"].removesuffix("s")) > delay + drain
+
+
+def test_prometheus_scrapes_the_metrics_port() -> None:
+    """Prometheus asks the port that camserve listens on by default, under the job name that the alerts expect."""
+    path = DEPLOY / "prometheus/prometheus.yml"
+    jobs = {job["job_name"]: job for job in yaml.safe_load(path.read_text(encoding="utf-8"))["scrape_configs"]}
+    port = Settings.model_fields["metrics_listen"].default.rpartition(":")[2]
+
+    assert [f"camserve:{port}"] == jobs["camserve"]["static_configs"][0]["targets"]
+
+
+def test_dockerfile_copies_what_exists() -> None:
+    """Every source of a COPY is in the tree, and .dockerignore lets it into the build."""
+    copies = [shlex.split(line)[1:] for line in DOCKERFILE.splitlines() if line.startswith("COPY ")]
+    sources = [
+        word
+        for words in copies
+        if not any(word.startswith("--from=") for word in words)
+        for word in words[:-1]
+        if not word.startswith("--")
+    ]
+    let_in = [
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")
+    ]
+
+    assert sources
+    assert [] == [source for source in sources if not (ROOT / source).exists()]
+    assert [] == [
+        source for source in sources if not any(source == name or source.startswith(f"{name}/") for name in let_in)
+    ]
+
+
+def test_image_is_not_root() -> None:
+    """The last USER of the image is a number other than 0, which Kubernetes can check."""
+    user = re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)[-1]
+
+    assert int(user.split(":")[0]) > 0
+
+
+def test_image_exposes_the_default_ports() -> None:
+    """EXPOSE names the ports that the settings default to."""
+    ports = {Settings.model_fields[name].default.rpartition(":")[2] for name in ("listen", "metrics_listen")}
+
+    assert ports == set(re.search(r"^EXPOSE (.*)$", DOCKERFILE, re.MULTILINE)[1].split())  # type: ignore[index]
+
+
+@pytest.fixture
+async def health_server() -> AsyncIterator[tuple[Health, int]]:
+    """Our health service on a port of its own, serving."""
+    server, health = grpc.aio.server(), Health()
+    health.add_to(server)
+    await health.set_server(is_serving=True)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield health, port
+    await server.stop(None)
+
+
+async def _probe(port: int, *arguments: str) -> tuple[int | None, str]:
+    """Runs the image's health probe as Docker would."""
+    probe = await create_subprocess_exec(
+        sys.executable,
+        DEPLOY / "container/healthcheck.py",
+        *arguments,
+        env=os.environ | {"CAMSERVE_LISTEN": f"0.0.0.0:{port}"},
+        stderr=PIPE,
+    )
+    _, complaint = await probe.communicate()
+    return probe.returncode, complaint.decode()
+
+
+async def test_probe_passes_a_serving_server(health_server: tuple[Health, int]) -> None:
+    """The image's health probe succeeds while the server serves."""
+    assert (0, "") == await _probe(health_server[1])
+
+
+async def test_probe_fails_a_draining_server(health_server: tuple[Health, int]) -> None:
+    """The probe fails, and says why, once the server drains."""
+    health, port = health_server
+    await health.drain()
+
+    assert (1, f"127.0.0.1:{port}: NOT_SERVING\n") == await _probe(port)
+
+
+async def test_probe_fails_an_unknown_model(health_server: tuple[Health, int]) -> None:
+    """Asked for a model that is not there, the probe fails."""
+    status, complaint = await _probe(health_server[1], "camserve/absent")
+
+    assert 1 == status
+    assert "NOT_FOUND" in complaint
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("/srv/models", "/srv/models"), ("", "/models" if Path("/models").is_dir() else "")]
+)
+async def test_start_keeps_a_named_repository(given: str, expected: str) -> None:
+    """The image's entry point takes /models only when nothing else was named and something is mounted there."""
+    shown = await create_subprocess_exec(
+        DEPLOY / "container/start",
+        "sh",
+        "-c",
+        'printf %s "$CAMSERVE_REPOSITORY"',
+        env=os.environ | {"CAMSERVE_REPOSITORY": given},
+        stdout=PIPE,
+    )
+
+    assert expected.encode() == (await shown.communicate())[0]

@@ -1,0 +1,82 @@
+"""Claims about the documentation: it is complete, and what it says of settings and metrics is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import Counter, Info, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+
+from camserve.server.metrics import Metrics
+from camserve.server.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def section(title: str) -> str:
+    """The text under one heading of operations.md."""
+    return OPERATIONS.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows(title: str) -> dict[str, str]:
+    """The first table of a section: the name in its first cell, without quotes, and the second cell as it is written."""
+    cells = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*?) *\|", section(title), re.MULTILINE)
+    return dict(cells)
+
+
+def test_every_setting_is_told() -> None:
+    """The table of settings has every setting and no other."""
+    assert set(Settings.model_fields) == set(rows("Settings"))
+
+
+@pytest.mark.parametrize("name", list(Settings.model_fields))
+def test_default_is_told_as_it_is(name: str) -> None:
+    """The table tells each setting's real default."""
+    default = Settings.model_fields[name].default
+
+    assert ("none" if default is None else f"`{default}`") == rows("Settings")[name]
+
+
+def test_every_metric_is_told() -> None:
+    """The table of metrics has every metric that a server exports and no other."""
+    metrics = Metrics()
+    metrics.build.info({"version": "0", "torch": "0"})
+    exported = re.findall(r"^# TYPE (\S+)", generate_latest(metrics.registry).decode(), re.MULTILINE)
+    told = re.findall(
+        r"`((?:camserve|process)_\w+)`", "\n".join(re.findall(r"^\| `.*? \|", section("Metrics"), re.MULTILINE))
+    )
+
+    assert {name for name in exported if not name.endswith("_created")} == set(told)
+
+
+@pytest.mark.parametrize(
+    "instrument",
+    [item for item in vars(Metrics()).values() if isinstance(item, MetricWrapperBase) and not isinstance(item, Info)],
+    ids=lambda instrument: str(instrument._name),
+)
+def test_labels_are_told_as_they_are(instrument: MetricWrapperBase) -> None:
+    """The table names exactly the labels of each instrument, in their order."""
+    name = f"{instrument._name}_total" if isinstance(instrument, Counter) else instrument._name
+
+    assert ", ".join(instrument._labelnames) == rows("Metrics")[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link and picture of a page is in the tree."""
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+
+    assert [] == [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_every_page_is_in_the_index() -> None:
+    """docs/README.md leads to every page beside it."""
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+
+    assert [] == [
+        page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index and page.name != "README.md"
+    ]
