@@ -1,0 +1,71 @@
+"""Models and their cards as tables for people; `cli_models.py` prints them on standard output."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from camserve.client.cards import ModelCard, ModelStatus
+
+
+def show_statuses(statuses: tuple[ModelStatus, ...]) -> None:
+    """Prints one row for each model."""
+    table = Table(title="Models")
+    for heading in ("name", "version", "state", "classes", "default layer", "error"):
+        table.add_column(heading)
+    colours = {"ready": "green", "loading": "yellow", "failed": "red"}
+    for status in statuses:
+        state = f"[{colours.get(status.state, 'default')}]{escape(status.state)}[/]"
+        classes = str(status.class_count) if status.state == "ready" else ""
+        table.add_row(
+            escape(status.name),
+            escape(status.version),
+            state,
+            classes,
+            escape(status.default_layer),
+            escape(status.error),
+        )
+    Console().print(table)
+
+
+def show_card(card: ModelCard) -> None:
+    """Prints what is known about a model, then its layers and its methods."""
+    console = Console()
+    facts = Table(title=f"{escape(card.name)}, version {escape(card.version)}", show_header=False)
+    labels = ", ".join(card.labels[:10]) + (" …" if len(card.labels) > 10 else "")
+    shape = " x ".join(map(str, card.input.shape))
+    for key, value in (
+        ("classes", f"{card.class_count}: {labels}" if labels else str(card.class_count)),
+        ("input", f"{shape} {card.input.channels}, {card.input.resize}"),
+        ("kind", f"{card.kind} on {card.device} in {card.dtype}"),
+        ("batch", _batch(card)),
+        ("model sha256", card.model_sha256),
+        ("warm-up", f"{card.warm_up_seconds:.2f} s"),
+        *(("note", note) for note in card.notes),
+    ):
+        facts.add_row(key, escape(value))
+    console.print(facts)
+
+    layers = Table(title="Layers")
+    for heading in ("name", "shape", "layout", "map", "refusal"):
+        layers.add_column(heading)
+    for layer in card.layers:
+        name = f"{layer.name} (default)" if layer.name == card.default_layer else layer.name
+        sizes = (" x ".join(map(str, size)) for size in (layer.shape, layer.map_shape))
+        shape_text, map_text = sizes
+        layers.add_row(escape(name), shape_text, layer.layout, map_text, escape(layer.refusal))
+    console.print(layers)
+
+    methods = Table(title="Methods")
+    for heading in ("method", "works", "note"):
+        methods.add_column(heading)
+    for method in card.methods:
+        methods.add_row(method.method, "[green]yes[/]" if method.works else "[red]no[/]", escape(method.note))
+    console.print(methods)
+
+
+def _batch(card: ModelCard) -> str:
+    is_static = card.static_batch_rows is not None
+    rows = f"exactly {card.static_batch_rows} rows" if is_static else f"up to {card.max_batch_rows} rows"
+    return rows if card.rows_independent else f"{rows}; rows influence each other, so each goes alone"
