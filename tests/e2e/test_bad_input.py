@@ -119,12 +119,6 @@ BAD_SPECS = {
     "negative class": (Spec("grad-cam", target=-1), InvalidRequest, "CLASS_OUT_OF_RANGE", "0 to 4"),
     "k": (Spec("grad-cam", target=Kth(6)), InvalidRequest, "CLASS_OUT_OF_RANGE", "1 to 5"),
     "top k": (Spec("grad-cam", target=TopK(6)), InvalidRequest, "CLASS_OUT_OF_RANGE", "1 to 5"),
-    "opacity": (
-        Spec("grad-cam", encoding="overlay-png", overlay_opacity=2.0),
-        InvalidRequest,
-        "FIELD_INVALID",
-        "0 to 1",
-    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,12 @@ from PIL import Image
 from camserve.client import Client, Heatmap, Kth, Prediction, Spec, SpecError, Summary, TopK
 
 METHODS = ("cam", "grad-cam", "grad-cam++", "xgrad-cam", "hirescam", "layercam", "eigen-cam")
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of an image file."""
+    with Image.open(path) as image:
+        return image.size
 
 
 def test_readme_call(client, samples):
@@ -26,7 +33,7 @@ def test_readme_call(client, samples):
     assert first.values.dtype == np.float32
     assert first.values.ndim == 2
     assert (second.target.class_index, second.layers) == (3, ("layer2",))
-    assert first.overlay().size == Image.open(scratch).size
+    assert first.overlay().size == size_of(scratch)
 
 
 def test_order_of_events(client, samples):
@@ -56,7 +63,7 @@ def test_every_method(client, samples, method):
     (heatmap,) = result.heatmaps
     assert tuple(layer.map_shape) == heatmap.values.shape
     assert np.isfinite(heatmap.values).all()
-    assert heatmap.raw_sha256 == hashlib.sha256(heatmap.values.astype("<f4").tobytes()).digest()
+    assert heatmap.raw_sha256 == hashlib.sha256(heatmap.values.astype("<f4").tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("encoding", ["float32", "float16", "uint8", "png8", "png16"])
@@ -87,7 +94,7 @@ def test_overlay_from_server(client, samples, encoding):
     """An overlay is a picture of the source's size."""
     result = client.explain(samples[0], model="surface", specs=[Spec("grad-cam", encoding=encoding)])
 
-    assert result.heatmaps[0].overlay().size == Image.open(samples[0]).size
+    assert result.heatmaps[0].overlay().size == size_of(samples[0])
 
 
 def test_targets(client, samples):
@@ -128,7 +135,8 @@ def test_several_layers_are_fused(client, samples):
 
 def test_arrays_and_frames(client, samples):
     """The same pixels sent as a lossless file and as a raw frame give the same bits."""
-    image = Image.open(samples[0]).convert("RGB")
+    with Image.open(samples[0]) as file:
+        image = file.convert("RGB")
 
     results = [
         client.explain(sent, model="surface", specs=[Spec("grad-cam", encoding="float32")])

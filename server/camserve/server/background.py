@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from camserve.server.app import App
+from camserve.server.logs import configure_logs
 from camserve.server.models.repository import ModelState
 from camserve.server.models.sources import ModelSource
 from camserve.server.settings import Settings
@@ -32,6 +33,7 @@ class BackgroundServer:
     """
 
     def __init__(self, settings: Settings, sources: Sequence[ModelSource]) -> None:
+        configure_logs(settings.log_format, settings.log_level)
         self.app = App(settings, sources)
         self.target = ""
         self._loop = asyncio.new_event_loop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -192,6 +192,7 @@ class RawMap:
 class EncodedImage:
     """A JPEG, PNG, WebP, BMP or TIFF file as it arrived."""
 
+    FIELD: ClassVar[str] = "image"
     data: bytes
 
 
@@ -220,6 +221,7 @@ class RawFrame:
         data: `stride * (height - 1)` bytes plus one row at least.
     """
 
+    FIELD: ClassVar[str] = "frame"
     pixel_format: PixelFormat
     width: int
     height: int
@@ -237,6 +239,7 @@ class TensorInput:
         data: little-endian, C order.
     """
 
+    FIELD: ClassVar[str] = "tensor"
     dtype: str
     shape: tuple[int, ...]
     data: bytes

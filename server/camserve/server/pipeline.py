@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from camserve.server import jobs
 from camserve.server.decode import DecodeLimits, decode, measure
 from camserve.server.door import Door
-from camserve.server.encode import encode
-from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason
+from camserve.server.encode import encode, needs_source
+from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.models.repository import ServedModel
 from camserve.server.prediction import predict
@@ -54,9 +55,10 @@ class Pipeline:
             CamserveError: the request as a whole cannot be answered.
         """
         clock = _Clock(job, self._metrics)
-        pixels = measure(job.payload, self._decode_limits)
+        with _at_input(job):
+            pixels = measure(job.payload, self._decode_limits)
         with self._door.enter(_held_bytes(job, model, pixels)):
-            with clock.stage("decode"), self._queue.announced(model):
+            with _at_input(job), clock.stage("decode"), self._queue.announced(model):
                 sample = await clock.within(self._in_worker(self._decode(job, model)))
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
             reply = Reply()
@@ -117,18 +119,22 @@ class Pipeline:
                     raise outcome
 
     def _decode(self, job: jobs.Job, model: ServedModel) -> Callable[[], jobs.Sample]:
-        keep_source = any(spec.encoding.startswith("overlay") for spec in job.specs)
+        keep_source = any(needs_source(spec) for spec in job.specs)
         return functools.partial(decode, job.payload, model.card.recipe, self._decode_limits, keep_source=keep_source)
 
     def _encode(
         self, raw: jobs.RawMap, job: jobs.Job, model: ServedModel, sample: jobs.Sample
     ) -> Callable[[], jobs.Heatmap | jobs.SpecFailed]:
         spec = job.specs[raw.spec_index]
+        shape = model.card.recipe.shape
+        input_size = (shape[1], shape[2]) if len(shape) == 3 else None
 
         def work() -> jobs.Heatmap | jobs.SpecFailed:
             try:
                 label = model.card.label(raw.target.class_index)
-                return encode(raw, spec, label=label, geometry=sample.geometry, source=sample.source)
+                return encode(
+                    raw, spec, label=label, geometry=sample.geometry, source=sample.source, input_size=input_size
+                )
             except CamserveError as error:
                 return jobs.SpecFailed(spec_index=raw.spec_index, error=error.at(f"specs[{raw.spec_index}]"))
 
@@ -186,6 +192,15 @@ class _Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, asyncio.CancelledError | DeadlineExceeded):
             self._metrics.cancelled.labels(self._name).inc()
+
+
+@contextlib.contextmanager
+def _at_input(job: jobs.Job) -> Iterator[None]:
+    """Places what is wrong with the input at the input's field."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.at(job.payload.FIELD) from error
 
 
 def _held_bytes(job: jobs.Job, model: ServedModel, pixels: int) -> int:

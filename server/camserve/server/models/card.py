@@ -17,7 +17,7 @@ class LayerCard:
         name: as written in a spec, such as `layer4` or `layer4.1.relu#0`.
         spellings: every name that means this place, `name` among them.
         shape: of its value for one row, as the model lays it out.
-        layout: `channels_first`, `channels_last`, `tokens`, or empty when no map can be made.
+        layout: `channels-first`, `channels-last`, `tokens`, or empty when no map can be made.
         map_shape: sizes of a map made there.
         refusal: why none can; empty when one can.
     """

@@ -164,8 +164,8 @@ KINDS = _table(
 LAYOUTS = _table(
     {
         model_service_pb2.LAYER_LAYOUT_UNSPECIFIED: "",
-        model_service_pb2.LAYER_LAYOUT_CHANNELS_FIRST: "channels_first",
-        model_service_pb2.LAYER_LAYOUT_CHANNELS_LAST: "channels_last",
+        model_service_pb2.LAYER_LAYOUT_CHANNELS_FIRST: "channels-first",
+        model_service_pb2.LAYER_LAYOUT_CHANNELS_LAST: "channels-last",
         model_service_pb2.LAYER_LAYOUT_TOKENS: "tokens",
     }
 )
