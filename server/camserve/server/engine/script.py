@@ -7,10 +7,13 @@ An archive that was frozen before it was saved has neither module paths nor para
 order of execution: `op.conv2d#3` is the fourth convolution, `op.conv2d` the last one. The same names are used for an archive
 whose forward calls no module. They stay the same as long as the file does.
 """
+# The cut works with its program's insides: the two are one thing in two classes.
+# ruff: noqa: SLF001
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +25,9 @@ from torch import Tensor
 from camserve.server.engine import script_graph as graphs
 from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
-from camserve.server.engine.script_memory import Memory
-from camserve.server.engine.script_taps import Pick, Place, cut_graphs, places, tapped_graph, unmarked_graph
+from camserve.server.engine.script_memory import Hazards, Memory
+from camserve.server.engine.script_taps import CutGraphs, Pick, Place, cut_graphs, places, tapped_graph, unmarked_graph
+from camserve.server.engine.script_values import copied, is_same
 from camserve.server.errors import NotFound, Reason, Unsupported
 
 __all__ = ["ScriptCut", "ScriptProgram", "load_script"]
@@ -31,6 +35,10 @@ __all__ = ["ScriptCut", "ScriptProgram", "load_script"]
 # A compiled function holds a graph, not weights: some hundred kilobytes. Requests use few combinations of layers.
 _FUNCTIONS_KEPT = 32
 _NAMES_IN_A_MESSAGE = 12
+_SHARED = (
+    "the value shares memory with another value of the model, and one of the two is written in place while the other is "
+    "still in use; tap the layer before it"
+)
 
 
 def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.dtype = torch.float32) -> ScriptProgram:
@@ -86,6 +94,7 @@ class ScriptProgram:
         self._calls, self._at = _numbered(self._places)
         self._plain = graphs.compiled("forward", unmarked_graph(self._marked))
         self._tapped: collections.OrderedDict[tuple[Pick, ...], Callable[..., Any]] = collections.OrderedDict()
+        self._verified: set[tuple[Pick, ...]] = set()
 
     @property
     def kind(self) -> ProgramKind:
@@ -132,14 +141,16 @@ class ScriptProgram:
             Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant.
         """
         picks = {tap: self._pick(tap) for tap in taps}
-        function = self._tapped_function(tuple(sorted(set(picks.values()))))
-        with torch.enable_grad():
-            outputs, values = self._call(function, self._arranged(inputs))
-        captured = dict(zip(sorted(set(picks.values())), values, strict=True))
+        wanted = tuple(sorted(set(picks.values())))
+        try:
+            outputs, values = self._captured(wanted, inputs)
+        except _OverwrittenCapture:
+            self._be_careful(wanted)
+            outputs, values = self._captured(wanted, inputs)
         for tap, pick in picks.items():
-            if captured[pick] is None:
+            if values[pick] is None:
                 raise _unusable(tap, f"this input takes a branch that does not call it; {self._others(tap)}")
-        return Capture(outputs=outputs, activations={tap: captured[pick] for tap, pick in picks.items()})
+        return Capture(outputs=outputs, activations={tap: values[pick] for tap, pick in picks.items()})
 
     def cut(self, tap: TapName) -> ScriptCut:
         """Cuts at one tap; each half runs only its own part. Raises as `capture` does, and for a tap inside a branch."""
@@ -147,11 +158,31 @@ class ScriptProgram:
         if self._places[pick[0]].conditional:
             raise _unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
         halves = cut_graphs(self._marked, pick, self._places)
-        if halves is None:
-            raise _unusable(tap, "the model writes in place, behind it, into memory that several values share")
-        return ScriptCut(
-            self, graphs.compiled("front", halves.front), graphs.compiled("tail", halves.tail), halves.written
-        )
+        return ScriptCut(self, tap, halves)
+
+    def _captured(self, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]) -> tuple[Any, Mapping[Pick, Tensor | None]]:
+        """One tapped forward, whose captures are known not to have been written to and to leave the outputs as they are."""
+        with torch.enable_grad():
+            outputs, values, versions = self._call(self._tapped_function(wanted), self._arranged(inputs))
+        if any(
+            value is not None and value._version != version for value, version in zip(values, versions, strict=True)
+        ):
+            raise _OverwrittenCapture
+        uncertain = [pick for pick in wanted if self._places[pick[0]].hazards.uncertain]
+        if uncertain and wanted not in self._verified:
+            if not is_same(outputs, self.run(*inputs)):
+                raise Unsupported(
+                    Reason.LAYER_UNUSABLE, _SHARED, metadata={"layer": self._places[uncertain[0][0]].path}
+                )
+            self._verified.add(wanted)
+        return outputs, dict(zip(wanted, values, strict=True))
+
+    def _be_careful(self, wanted: Sequence[Pick]) -> None:
+        """Taps these calls with every copy from now on: an operator shares memory although its schema denies it."""
+        for number, _ in wanted:
+            hazards = Hazards(copy_capture=True, copy_onward=True, uncertain=True)
+            self._places[number] = dataclasses.replace(self._places[number], hazards=hazards)
+        self._tapped.clear()
 
     def _tapped_function(self, picks: tuple[Pick, ...]) -> Callable[..., Any]:
         if picks not in self._tapped:
@@ -177,6 +208,8 @@ class ScriptProgram:
                 f"this archive has dtypes fixed in its code and cannot compute in {self._dtype}: {_last_line(error)}",
                 metadata={"dtype": self._dtype},
             )
+        if "leaf Variable that requires grad" in text:
+            return _OverwrittenCapture()
         if "can require gradients" in text:
             return Unsupported(Reason.LAYER_UNUSABLE, "a tapped layer returns integers, which have no gradient")
         return error
@@ -191,7 +224,7 @@ class ScriptProgram:
         ):
             arguments = [list(inputs) if len(inputs) > 1 else list(inputs[0].unbind(0))]
         if self._copies_inputs:
-            arguments = [_copied(argument) for argument in arguments]
+            arguments = [copied(argument) for argument in arguments]
         missing = self._arguments[len(arguments) :]
         return [*arguments, *(argument.default_value for argument in missing if argument.has_default_value())]
 
@@ -214,7 +247,10 @@ class ScriptProgram:
 
     def _missing(self, tap: TapName) -> NotFound | Unsupported:
         if tap.path in dict(self._archive.named_modules()):
-            return _unusable(tap, "the forward never calls it: it only holds other layers, or is not used")
+            return _unusable(
+                tap,
+                "the forward never calls it: it only holds other layers, is not used, or does nothing that a trace records",
+            )
         return _not_found(tap, self._others(tap))
 
     def _others(self, tap: TapName) -> str:
@@ -227,38 +263,50 @@ class ScriptProgram:
         return _listed([f"{path}#{index}" for index in range(len(self._at[path]))])
 
 
+class _OverwrittenCapture(Exception):
+    """Something wrote into a captured value; never leaves this file."""
+
+
 class ScriptCut:
     """A `Cut` of a TorchScript program. The crossing is the list of values that the tail needs besides the activation.
 
     Args:
         program: the program that was cut.
-        front: `(self, *inputs) -> (activation, *crossing)`.
-        tail: `(self, activation, *crossing) -> outputs`.
-        written: which of the tail's arguments it writes into.
+        tap: where.
+        halves: the two graphs and what they write.
     """
 
-    def __init__(
-        self,
-        program: ScriptProgram,
-        front: Callable[..., Any],
-        tail: Callable[..., Any],
-        written: Sequence[bool],
-    ) -> None:
+    def __init__(self, program: ScriptProgram, tap: TapName, halves: CutGraphs) -> None:
         self._program = program
-        self._front = front
-        self._tail = tail
-        self._written = written
+        self._tap = tap
+        self._front = graphs.compiled("front", halves.front)
+        self._tail = graphs.compiled("tail", halves.tail)
+        self._written = halves.written
+        self._is_verified = not halves.uncertain
 
     def front(self, *inputs: Tensor) -> tuple[Tensor, list[Any]]:
-        """Runs up to the tap without grad; returns the activation, shape (b, ...), and the crossing."""
+        """Runs up to the tap without grad.
+
+        Returns:
+            The activation, shape (b, ...), and the crossing.
+
+        Raises:
+            Unsupported: the halves do not add up to the program, because its values share memory across the cut. Only
+                where that is suspected, and only the first time, both halves and the whole are run to find out.
+        """
+        program = self._program
         with torch.no_grad():
-            activation, *crossing = self._program._call(self._front, self._program._arranged(inputs))  # noqa: SLF001
+            activation, *crossing = program._call(self._front, program._arranged(inputs))
+            if not self._is_verified:
+                if not is_same(self.tail(activation, crossing), program.run(*inputs)):
+                    raise _unusable(self._tap, _SHARED)
+                self._is_verified = True
         return activation, crossing
 
     def tail(self, activation: Tensor, crossing: Sequence[Any]) -> Any:
         """Runs the rest, with grad if it is enabled where this is called. What the tail would write into is copied first."""
         arguments = zip([activation, *crossing], self._written, strict=True)
-        return self._program._call(self._tail, [_copied(value) if written else value for value, written in arguments])  # noqa: SLF001
+        return self._program._call(self._tail, [copied(value) if written else value for value, written in arguments])
 
 
 def _numbered(known: Sequence[Place]) -> tuple[tuple[Call, ...], Mapping[str, Sequence[int]]]:
@@ -269,21 +317,6 @@ def _numbered(known: Sequence[Place]) -> tuple[tuple[Call, ...], Mapping[str, Se
         calls.append(Call(path=place.path, index=len(at[place.path]), outputs=place.keys, refusal=place.refusal))
         at[place.path].append(place.number)
     return tuple(calls), dict(at)
-
-
-def _copied(value: Any) -> Any:
-    """The same value in memory of its own."""
-    match value:
-        case Tensor():
-            return value.clone()
-        case list():
-            return [_copied(element) for element in value]
-        case tuple():
-            return tuple(_copied(element) for element in value)
-        case dict():
-            return {key: _copied(element) for key, element in value.items()}
-        case _:
-            return value
 
 
 def _not_found(tap: TapName, what: str) -> NotFound:

@@ -35,12 +35,13 @@ __all__ = [
     "copied",
     "discard_unused",
     "forward_arguments",
+    "integer",
     "interpreted",
     "mark_calls",
     "mark_operators",
     "marked_graph",
     "marks",
-    "optional_tensor",
+    "optional",
     "receiver",
     "retarget_constants",
     "tensor",
@@ -66,6 +67,12 @@ _FORWARD = re.compile(r"forward(__)?\d*")
 
 _IMMUTABLE_KINDS = frozenset({"BoolType", "IntType", "FloatType", "StringType", "NoneType", "TupleType"})
 _CONTAINER_KINDS = frozenset({"DictType", "ListType"})
+# In eval mode these return their input itself, though their schemas promise new memory.
+_DROPOUTS = frozenset(
+    f"aten::{name}{ending}"
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for ending in ("", "_")
+)
 _CONTAINER_READS = frozenset(
     {"aten::__contains__", "aten::__getitem__", "aten::len", "aten::keys", "prim::unchecked_cast"}
 )
@@ -194,6 +201,10 @@ def _fold(graph: Graph, archive: torch.jit.ScriptModule) -> None:
     torch._C._jit_pass_constant_loop_unrolling(graph)
     torch._C._jit_pass_constant_propagation(graph)
     torch._C._jit_pass_dce(graph)
+    for node, _ in list(walk(graph)):
+        if node.kind() in _DROPOUTS and node.inputsAt(2).toIValue() is False:
+            node.output().replaceAllUsesWith(node.inputsAt(0))
+            node.destroy()
 
 
 def marks(graph: Graph) -> Iterator[tuple[Node | None, Node, Chain]]:
@@ -283,11 +294,9 @@ def written_arguments(node: Node) -> list[Value] | None:
     if schema == "(no schema)":
         return []
     arguments = torch._C.parse_schema(schema).arguments
-    return [
-        value
-        for value, argument in zip(node.inputs(), arguments, strict=False)
-        if argument.is_write and "Tensor" in value.type().annotation_str
-    ]
+    written = [value for value, argument in zip(node.inputs(), arguments, strict=False) if argument.is_write]
+    # Putting a tensor in a list or dict writes the container; of lists, only the `_foreach_` operators write the tensors.
+    return [value for value in written if value.type().kind() == "TensorType" or kind.startswith("aten::_foreach_")]
 
 
 def tuple_of(values: Sequence[Value]) -> Any:
@@ -295,14 +304,19 @@ def tuple_of(values: Sequence[Value]) -> Any:
     return torch._C.TupleType([value.type() for value in values])
 
 
+def integer() -> Any:
+    """The type `int`."""
+    return torch._C.IntType.get()
+
+
 def tensor() -> Any:
     """The type `Tensor`."""
     return torch._C.TensorType.get()
 
 
-def optional_tensor() -> Any:
-    """The type `Optional[Tensor]`."""
-    return torch._C.OptionalType(torch._C.TensorType.get())
+def optional(of_type: Any) -> Any:
+    """The type of a value that may be None."""
+    return torch._C.OptionalType(of_type)
 
 
 def attribute_tensors(graph: Graph, archive: torch.jit.ScriptModule) -> dict[str, Tensor]:

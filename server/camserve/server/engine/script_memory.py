@@ -6,17 +6,29 @@ wrong. `script_taps.py` asks. Taps stay exact because of this, and cheap: most l
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
 from camserve.server.engine.script_graph import Block, Graph, Node, Value, written_arguments
 
-__all__ = ["Memory"]
+__all__ = ["Hazards", "Memory"]
 
-_SHARED = (
-    "its value shares memory with another value of the model, and one of the two is written in place while the other is "
-    "still in use; tap the layer before it"
-)
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hazards:
+    """What a tap at one value has to mind. Nothing, for most.
+
+    Attributes:
+        copy_capture: the value lies in memory that is the caller's or that something later overwrites.
+        copy_onward: something later writes into the value itself.
+        uncertain: other values may share the memory, with writes and reads in turn; if they do, a tap parts what the model
+            shares and changes its outputs. Containers are often suspected wrongly, so this is to be tried, not refused.
+    """
+
+    copy_capture: bool = False
+    copy_onward: bool = False
+    uncertain: bool = False
 
 
 class Memory:
@@ -40,7 +52,6 @@ class Memory:
         """Numbers the nodes of a block in order, nested blocks within; a block's outputs are used at its end."""
         for node in block.nodes():
             self._time += 1
-            self._values |= {value.unique(): (self._time, value) for value in node.outputs()}
             if node.kind() == "prim::Print" and node.hasAttribute("number"):
                 self._records[node.i("number")] = self._time
                 continue
@@ -50,6 +61,7 @@ class Memory:
             for inner in node.blocks():
                 self._values |= {value.unique(): (self._time, value) for value in inner.inputs()}
                 self._read(inner)
+            self._values |= {value.unique(): (self._time, value) for value in node.outputs()}
         self._time += 1
         self._last_use |= {value.unique(): self._time for value in block.outputs()}
 
@@ -74,31 +86,26 @@ class Memory:
             for first, second in itertools.combinations(tensors, 2)
         )
 
-    def hazards(self, mark: Node, number: int) -> tuple[bool, bool, str]:
-        """(copy the captured value, copy what goes on, refusal) for a call that returns tensors.
-
-        An in-place operator behind the layer needs one copy, handed on. A value that is also known under another name (an
-        identity hands its input on) is copied for the capture if that name is written later. If the two names are written and
-        read in turn, a tap would part them and so change what the model computes: refused.
-        """
+    def hazards(self, mark: Node, number: int) -> Hazards:
+        """What a tap on one call that returns tensors has to mind."""
         value, own, here = mark.input(), mark.output().unique(), self._records[number]
         given = any(self._aliases.may_contain_alias(value, other) for other in self._inputs)
         writes = [time for time, written in self._writes if time > here and self._reaches(written, value)]
         if not writes:
-            return given, False, ""
-        others, last_use_onward = False, here
+            return Hazards(copy_capture=given)
+        has_other_names, last_use_onward = False, here
         for unique, last_use in self._last_use.items():
             born, name = self._values[unique]
             if last_use > here and _holds_tensors(name) and self._aliases.may_contain_alias(name, value):
                 if born > here or unique == own:
                     last_use_onward = max(last_use_onward, last_use)
                 else:
-                    others = True
-        if not others:
-            return given, True, ""
+                    has_other_names = True
+        if not has_other_names:
+            return Hazards(copy_capture=given, copy_onward=True)
         if last_use_onward < min(writes):
-            return True, False, ""
-        return True, True, _SHARED
+            return Hazards(copy_capture=True)
+        return Hazards(copy_capture=True, copy_onward=True, uncertain=True)
 
     def _reaches(self, written: Value | None, value: Value) -> bool:
         return written is None or self._aliases.may_contain_alias(written, value)

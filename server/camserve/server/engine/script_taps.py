@@ -19,14 +19,15 @@ from camserve.server.engine.script_graph import (
     Value,
     copied,
     discard_unused,
+    integer,
     marks,
-    optional_tensor,
+    optional,
     tensor,
     tuple_of,
     unmark,
     walk,
 )
-from camserve.server.engine.script_memory import Memory
+from camserve.server.engine.script_memory import Hazards, Memory
 
 __all__ = ["CutGraphs", "Pick", "Place", "cut_graphs", "places", "tapped_graph", "unmarked_graph"]
 
@@ -46,8 +47,7 @@ class Place:
         holds: what the call returns.
         keys: of the tensors in a container, in order.
         conditional: it sits in a branch that an input may not take.
-        copy_capture: the value lies in memory that is the caller's or that something later overwrites.
-        copy_onward: something later writes into the value itself.
+        hazards: what a tap here has to mind.
         refusal: why it cannot be tapped, or ''.
     """
 
@@ -56,8 +56,7 @@ class Place:
     holds: Holds
     keys: tuple[str, ...] = ()
     conditional: bool = False
-    copy_capture: bool = False
-    copy_onward: bool = False
+    hazards: Hazards = Hazards()
     refusal: str = ""
 
 
@@ -69,23 +68,26 @@ def places(graph: Graph, memory: Memory) -> list[Place]:
 def _place(number: int, mark: Node | None, record: Node, chain: Chain, memory: Memory) -> Place:
     holds, keys = ("other", dict[str, Value]()) if mark is None else _contents(mark)
     kind = record.input().type().annotation_str
-    copy_capture, copy_onward, refusal = False, False, ""
-    if mark is None or holds == "other":
+    hazards, refusal = Hazards(), ""
+    if mark is None and kind == "NoneType":
+        refusal = (
+            "it returns nothing (a trace records nothing of a layer that hands on its input); tap the layer before it"
+        )
+    elif mark is None or holds == "other":
         refusal = f"it returns {kind}; only a tensor, or one in a tuple, list or dict, can be tapped"
     elif holds != "tensor" and not keys:
         refusal = f"it returns {kind}, and which tensors that holds is only known while it runs"
     elif any(owner.kind() == "prim::Loop" for owner, _ in chain):
         refusal = "it is called in a loop whose length depends on the input, so its calls cannot be told apart"
     else:
-        copy_capture, copy_onward, refusal = memory.hazards(mark, number)
+        hazards = memory.hazards(mark, number)
     return Place(
         path=record.s("path"),
         number=number,
         holds=holds,
         keys=tuple(keys),
         conditional=bool(chain),
-        copy_capture=copy_capture,
-        copy_onward=copy_onward,
+        hazards=hazards,
         refusal=refusal,
     )
 
@@ -135,7 +137,7 @@ def _length(mark: Node) -> int:
 def _keys(mark: Node) -> dict[str, Value]:
     """Keys of a returned dict: those of its literal, then those set on every path before it is returned."""
     maker = _maker(mark.input())
-    if maker.kind() != "prim::DictConstruct":
+    if maker.kind() != "prim::DictConstruct" and (maker.kind() != "aten::dict" or maker.inputsSize() > 0):
         return {}
     setters = [user for user in _users(maker.output()) if user.kind() == "aten::_set_item" and user.isBefore(mark)]
     constants = list(maker.inputs())[0::2]
@@ -157,25 +159,31 @@ def _unmark_all(graph: Graph) -> None:
 
 
 def tapped_graph(marked: Graph, picks: Sequence[Pick], known: Sequence[Place]) -> Graph:
-    """A graph that returns `(outputs, (value at each pick, ...))`; a pick in a branch not taken gives None.
+    """A graph that returns `(outputs, (value at each pick, ...), (its version, ...))`; None for a pick in a branch not taken.
+
+    The version is what torch counts up at every write: if it is another one after the forward, the capture was overwritten.
 
     The value is made to require grad where it is captured: before the earliest tap nothing does, so that this one becomes a leaf;
     at a later one it already does and stays in the graph, where asking again does nothing.
     """
     graph = copied(marked)
     captured: dict[Pick, Value] = {}
+    versions: dict[Pick, Value] = {}
     for pick, (hook, slot, chain) in _opened(graph, picks, known).items():
         graph.setInsertPoint(slot)
         place, true, none = known[pick[0]], graph.insertConstant(True), graph.insertConstant(None)  # noqa: FBT003 - an IValue
         value = hook.output()
-        if place.copy_capture:
+        if place.hazards.copy_capture:
             value = _insert(graph, "aten::clone", [value, none], before=slot)
         value = captured[pick] = _insert(graph, "aten::requires_grad_", [value, true], before=slot)
-        if place.copy_onward:
+        if place.hazards.copy_onward:
             value = _insert(graph, "aten::clone", [value, none], before=slot)
         slot.replaceInput(0, value)
+        version = _insert(graph, "aten::_version", [captured[pick]], before=slot, of_type=integer())
         captured[pick] = _carried_out(graph, captured[pick], chain)
-    _return(graph, [*graph.outputs(), _packed(graph, [captured[pick] for pick in picks])])
+        versions[pick] = _carried_out(graph, version, chain)
+    values = [_packed(graph, [found[pick] for pick in picks]) for found in (captured, versions)]
+    _return(graph, [*graph.outputs(), *values])
     _unmark_all(graph)
     return graph
 
@@ -234,11 +242,12 @@ def _gap(graph: Graph, element: Value, *, before: Node) -> tuple[Node, Node]:
 
 def _carried_out(graph: Graph, value: Value, chain: Chain) -> Value:
     """Hands a value out of the branches it was computed in; the branches not taken hand out None."""
+    of_type = value.type()
     for owner, number in reversed(chain):
         for i, block in enumerate(list(owner.blocks())):
             block.registerOutput(value if i == number else _none_at_end(graph, block))
         value = owner.addOutput()
-        value.setType(optional_tensor())
+        value.setType(optional(of_type))
     return value
 
 
@@ -255,25 +264,24 @@ class CutGraphs:
         front: `(self, *inputs) -> (activation, *crossing)`.
         tail: `(self, activation, *crossing) -> outputs`.
         written: which of `(activation, *crossing)` the tail writes into.
+        uncertain: some of them may share memory which the tail writes; if they do, it goes wrong on copies of them.
     """
 
     front: Graph
     tail: Graph
     written: tuple[bool, ...]
+    uncertain: bool
 
 
-def cut_graphs(marked: Graph, pick: Pick, known: Sequence[Place]) -> CutGraphs | None:
-    """Cuts behind one pick, which must not be in a branch. Attributes and constants are on both sides and never cross.
-
-    Returns None if two values that cross share memory which the tail writes: copies of them would part ways.
-    """
+def cut_graphs(marked: Graph, pick: Pick, known: Sequence[Place]) -> CutGraphs:
+    """Cuts behind one pick, which must not be in a branch. Attributes and constants are on both sides and never cross."""
     front, tail = _Halves(marked, pick, known), _Halves(marked, pick, known)
-    written = tail.written()
-    if written is None:
-        return None
+    memory = Memory(tail.graph)
+    written = tuple(memory.written_since(value, tail.live[0]) for value in tail.live)
+    uncertain = memory.share_written(tail.live, written)
     front.keep_front()
     tail.keep_tail()
-    return CutGraphs(front=front.graph, tail=tail.graph, written=written)
+    return CutGraphs(front=front.graph, tail=tail.graph, written=written, uncertain=uncertain)
 
 
 class _Halves:
@@ -294,16 +302,10 @@ class _Halves:
         self.live = [activation, *crossing]
         self.slot = slot
 
-    def written(self) -> tuple[bool, ...] | None:
-        memory = Memory(self.graph)
-        written = tuple(memory.written_since(value, self.live[0]) for value in self.live)
-        return None if memory.share_written(self.live, written) else written
-
     def keep_front(self) -> None:
         _return(self.graph, self.live)
         for node in reversed(self.tail):
-            if not node.hasUses() or node.kind() != "prim::Constant":
-                node.destroy()
+            node.destroy()
         _unmark_all(self.graph)
 
     def keep_tail(self) -> None:
