@@ -7,6 +7,7 @@ hooks on `ExportedProgram.module()` never fire; outputs, activations and gradien
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,8 +16,9 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from camserve.server.engine.hooked import HookedProgram
+from camserve.server.engine.look import message_of
 from camserve.server.engine.program import ProgramKind
-from camserve.server.errors import InvalidRequest, Reason
+from camserve.server.errors import NotFound, Reason, Unsupported
 
 __all__ = ["ExportProgram", "load_export"]
 
@@ -68,14 +70,17 @@ def load_export(
     """Loads a `.pt2` archive.
 
     Raises:
-        InvalidRequest: the file is not an archive of `torch.export.save`, or of a version this PyTorch cannot read.
+        NotFound: there is no such file.
+        Unsupported: it is not an archive of `torch.export.save`, or of a version that this PyTorch cannot read.
     """
+    if isinstance(source, Path) and not source.is_file():
+        raise NotFound(Reason.MODEL_NOT_FOUND, f"there is no file {source}", metadata={"file": source})
     try:
         exported = torch.export.load(source)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
-            f"cannot read {source} as a torch.export archive: {error}; write it with torch.export.save (a '.pt2' file)",
-            metadata={"source": source},
+    except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise Unsupported(
+            Reason.MODEL_FAILED,
+            f"cannot read {source} as a torch.export archive: {message_of(error)}; write it with torch.export.save ('.pt2')",
+            metadata={"file": source},
         ) from error
     return ExportProgram(exported, device=device, dtype=dtype)

@@ -111,7 +111,7 @@ def probe(
         runs = try_sizes(program, sample_input, {sample_input.shape[0], *batch_sizes})
     sizes = tuple(runs)
     rows = next((size for size in sizes if size > 1), sizes[0])
-    influence = coupling(program, sample_input, sizes[-1], runs[sizes[-1]])
+    influence = coupling(program, sample_input, rows, runs[rows])
     static_batch = sizes[0] if len(sizes) == 1 else None
 
     calls = program.calls()
