@@ -59,33 +59,25 @@ def test_every_format_gives_its_pixels(file_format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "file_format"),
+    ("file_format", "modes"),
     [
-        ("1", "PNG"),
-        ("L", "PNG"),
-        ("P", "PNG"),
-        ("LA", "PNG"),
-        ("RGBA", "PNG"),
-        ("P", "BMP"),
-        ("RGBA", "WEBP"),
-        ("1", "TIFF"),
-        ("L", "JPEG"),
-        ("CMYK", "JPEG"),
-        ("CMYK", "TIFF"),
-        ("RGBA", "TIFF"),
-        ("LA", "TIFF"),
-        ("YCbCr", "TIFF"),
+        ("PNG", ["1", "L", "P", "LA", "RGBA"]),
+        ("JPEG", ["L", "CMYK"]),
+        ("WEBP", ["RGBA"]),
+        ("BMP", ["1", "L", "P"]),
+        ("TIFF", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"]),
     ],
 )
-def test_modes_convert_as_in_training_pipelines(mode: str, file_format: str) -> None:
+def test_modes_convert_as_in_training_pipelines(file_format: str, modes: list[str]) -> None:
     """Gray, palette, alpha, 1-bit and CMYK files give what Pillow's convert('RGB') gives: alpha is dropped."""
-    image = _ramp().convert(mode)
-    if mode in ("LA", "RGBA"):
-        image.putalpha(Image.linear_gradient("L").resize(image.size))
-    data = _file(image, file_format, **({"lossless": True, "exact": True} if file_format == "WEBP" else {}))
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for mode in modes:
+        image = _ramp().convert(mode)
+        if mode in ("LA", "RGBA"):
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        data = _file(image, file_format, **({"lossless": True, "exact": True} if file_format == "WEBP" else {}))
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
-    np.testing.assert_array_equal(_decoded(data, 24, 17), expected)
+        np.testing.assert_array_equal(_decoded(data, 24, 17), expected, err_msg=mode)
 
 
 def test_transparent_palette_entries_keep_their_colour() -> None:
@@ -129,13 +121,17 @@ def test_sixteen_bit_tiff_byte_order_and_polarity(kind: str, photometric: int, e
     assert expected == _decoded(header + pixels + directory + bytes(4), 3, 1)[0, :, 0].tolist()
 
 
+def _chunk(name: bytes, body: bytes) -> bytes:
+    """One chunk of a PNG file."""
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_png_of_few_bits_spans_the_range(bits: int) -> None:
     """Gray PNG files of 1, 2 and 4 bits reach from black to white."""
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))  # noqa: E731
     header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
     row = bytes([0, (1 << bits) - 1])  # Black but for the last pixel.
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    data = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(row)) + _chunk(b"IEND", b"")
 
     assert [0] * (8 // bits - 1) + [255] == _decoded(data, 8 // bits, 1)[0, :, 0].tolist()
 
@@ -202,7 +198,7 @@ def test_too_many_pixels_are_refused_from_the_header(file_format: str) -> None:
 
 def test_decompression_bombs_are_refused_whatever_pillow_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our limit holds with Pillow's own switched off, and Pillow's does not stand in for it."""
-    bomb = _file(Image.new("1", (12_000, 12_000)), "PNG")
+    bomb = _file(Image.new("1", (8_000, 8_000)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
 
     assert Reason.IMAGE_TOO_LARGE == _refusal(EncodedImage(data=bomb)).reason
@@ -484,7 +480,7 @@ def _survives(data: bytes, recipe: InputRecipe, *, keep_source: bool) -> None:
         assert np.isfinite(sample.tensor).all()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     seed=st.sampled_from(_SEEDS),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
@@ -525,7 +521,7 @@ def test_any_bytes_are_decoded_or_refused(magic: bytes, rest: bytes) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60_000, deadline=None)
+@settings(max_examples=20_000, deadline=None)
 @given(
     seed=st.sampled_from(_SEEDS),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=20),

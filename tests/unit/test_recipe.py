@@ -38,7 +38,7 @@ def test_imagenet_preset_is_torchvisions(size: tuple[int, int]) -> None:
 
     tensor = decode(_png(image), recipe, DecodeLimits(), keep_source=False).tensor
 
-    np.testing.assert_allclose(tensor, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(tensor, np.float32), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
@@ -51,7 +51,7 @@ def test_stretch_is_torchvisions_resize(interpolation: str) -> None:
 
     tensor = decode(_png(image), recipe, DecodeLimits(), keep_source=False).tensor
 
-    np.testing.assert_allclose(tensor, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(tensor, np.float32), expected, rtol=0, atol=1e-6)
 
 
 def test_crop_larger_than_the_resized_image_pads_as_torchvision() -> None:
@@ -63,7 +63,7 @@ def test_crop_larger_than_the_resized_image_pads_as_torchvision() -> None:
 
     tensor = decode(_png(image), recipe, DecodeLimits(), keep_source=False).tensor
 
-    np.testing.assert_allclose(tensor, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(tensor, np.float32), expected, rtol=0, atol=1e-6)
 
 
 def test_bgr_reverses_channels_before_statistics() -> None:
