@@ -59,8 +59,7 @@ def told_briefly(server: str) -> Iterator[None]:
     except Unavailable as error:
         if error.reason:  # A camserve answered: it is draining or loading.
             raise click.ClickException(str(error)) from error
-        raise click.ClickException(
-            f"no camserve at {server} ({error.message}); start one with `camserve serve`"
-        ) from error
+        why = error.message.rsplit(": ", 1)[-1]  # What comes before are gRPC's layers.
+        raise click.ClickException(f"no camserve at {server} ({why}); start one with `camserve serve`") from error
     except CamserveError as error:
         raise click.ClickException(str(error)) from error
