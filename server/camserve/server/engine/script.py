@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,8 @@ __all__ = ["ScriptCut", "ScriptProgram", "load_script"]
 # A compiled function holds a graph, not weights: some hundred kilobytes. Requests use few combinations of layers.
 _FUNCTIONS_KEPT = 32
 _NAMES_IN_A_MESSAGE = 12
+# How torch's operators complain of mixed dtypes; there is no exception type for it.
+_DTYPES_DIFFER = re.compile(r"dtype|scalar type|should be the same|same type")
 _SHARED = (
     "the value shares memory with another value of the model, and one of the two is written in place while the other is "
     "still in use; tap the layer before it"
@@ -81,7 +84,7 @@ class ScriptProgram:
         floating = {tensor.dtype for tensor in archive.state_dict().values() if tensor.is_floating_point()}
         self._archive = archive.to(device=device, dtype=dtype).eval()
         for parameter in self._archive.parameters():
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
         self._device = device
         self._dtype = dtype
         self._is_converted = bool(floating - {dtype})
@@ -147,10 +150,13 @@ class ScriptProgram:
         except _OverwrittenCapture:
             self._be_careful(wanted)
             outputs, values = self._captured(wanted, inputs)
+        activations = {}
         for tap, pick in picks.items():
-            if values[pick] is None:
+            value = values[pick]
+            if value is None:
                 raise _unusable(tap, f"this input takes a branch that does not call it; {self._others(tap)}")
-        return Capture(outputs=outputs, activations={tap: values[pick] for tap, pick in picks.items()})
+            activations[tap] = value
+        return Capture(outputs=outputs, activations=activations)
 
     def cut(self, tap: TapName) -> ScriptCut:
         """Cuts at one tap; each half runs only its own part. Raises as `capture` does, and for a tap inside a branch."""
@@ -197,12 +203,15 @@ class ScriptProgram:
             with graphs.interpreted():
                 return function(graphs.receiver(self._archive), *arguments)
         except RuntimeError as error:
-            raise self._explained(error) from error
+            raise self._explained(error, arguments) from error
 
-    def _explained(self, error: RuntimeError) -> Exception:
+    def _explained(self, error: RuntimeError, arguments: Sequence[Any]) -> Exception:
         """Says which failures are the archive's nature; all others stay what they are."""
         text = str(error)
-        if self._is_converted and "dtype" in text:
+        given = {
+            argument.dtype for argument in arguments if isinstance(argument, Tensor) and argument.is_floating_point()
+        }
+        if self._is_converted and given <= {self._dtype} and _DTYPES_DIFFER.search(_last_line(error)):
             return Unsupported(
                 Reason.MODEL_FAILED,
                 f"this archive has dtypes fixed in its code and cannot compute in {self._dtype}: {_last_line(error)}",
@@ -249,7 +258,7 @@ class ScriptProgram:
         if tap.path in dict(self._archive.named_modules()):
             return _unusable(
                 tap,
-                "the forward never calls it: it only holds other layers, is not used, or does nothing that a trace records",
+                "the forward never calls it: it holds layers, is unused, or does nothing that a trace records",
             )
         return _not_found(tap, self._others(tap))
 

@@ -56,7 +56,7 @@ class Place:
     holds: Holds
     keys: tuple[str, ...] = ()
     conditional: bool = False
-    hazards: Hazards = Hazards()
+    hazards: Hazards = dataclasses.field(default_factory=Hazards)
     refusal: str = ""
 
 
