@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
-from support.nets import FailsOnBrightRows, NotFinite
+from support.nets import FailsOnBrightRows, NotFinite, TinyNet
 from support.servers import script_source
 
 from camserve.client import (
@@ -19,10 +24,19 @@ from camserve.client import (
     InvalidRequest,
     Kth,
     NotFound,
+    Overloaded,
     Spec,
     TensorInput,
     TopK,
 )
+from camserve.v1 import explanation_service_pb2, explanation_service_pb2_grpc, input_pb2, spec_pb2
+
+
+@pytest.fixture
+def stub(demo_server) -> Iterator[explanation_service_pb2_grpc.ExplanationServiceStub]:
+    """The bare stub, for messages that the client library refuses to send."""
+    with grpc.insecure_channel(demo_server.target) as channel:
+        yield explanation_service_pb2_grpc.ExplanationServiceStub(channel)
 
 
 def png(width: int, height: int, **options: object) -> bytes:
@@ -46,7 +60,6 @@ def jpeg(samples: list[Path]) -> bytes:
 
 
 BAD_IMAGES = {
-    "empty": (lambda _: b"", "IMAGE_UNDECODABLE"),
     "text": (lambda _: b"this is not an image at all, whatever its name says", "IMAGE_UNDECODABLE"),
     "truncated": (lambda samples: jpeg(samples)[: len(jpeg(samples)) // 2], "IMAGE_UNDECODABLE"),
     "corrupt": (lambda samples: jpeg(samples)[:200] + bytes(500), "IMAGE_UNDECODABLE"),
@@ -88,28 +101,55 @@ def test_bad_tensor(client, name):
     assert reason == caught.value.reason
 
 
-def test_tensor_byte_count_and_dtype(demo_server):
-    """Too few bytes and an unset dtype are told apart, with the field's path."""
-    import grpc  # noqa: PLC0415 - the client library cannot be made to send these
-    from google.rpc import error_details_pb2, status_pb2  # noqa: PLC0415
+MALFORMED = {
+    "no bytes": ({"image": input_pb2.EncodedImage()}, "IMAGE_UNDECODABLE"),
+    "no input": ({}, "FIELD_INVALID"),
+    "too few bytes": (
+        {"tensor": input_pb2.Tensor(data_type=input_pb2.DATA_TYPE_FLOAT32, shape=(3, 160, 160), data=bytes(12))},
+        "TENSOR_MISMATCH",
+    ),
+    "no dtype": ({"tensor": input_pb2.Tensor(shape=(3, 160, 160), data=GOOD.tobytes())}, "FIELD_INVALID"),
+    "short stride": (
+        {"frame": input_pb2.RawFrame(pixel_format=3, width_pixels=8, height_pixels=8, stride_bytes=7, data=bytes(999))},
+        "FIELD_INVALID",
+    ),
+    "no frame size": ({"frame": input_pb2.RawFrame(pixel_format=3, data=bytes(999))}, "FIELD_INVALID"),
+    "no method": ({"image": input_pb2.EncodedImage(data=b"x"), "specs": [spec_pb2.Spec()]}, "FIELD_INVALID"),
+    "unknown method": (
+        {"image": input_pb2.EncodedImage(data=b"x"), "specs": [spec_pb2.Spec(method=999)]},
+        "FIELD_INVALID",
+    ),
+    "opacity": (
+        {"image": input_pb2.EncodedImage(data=b"x"), "specs": [spec_pb2.Spec(method=2, overlay_opacity=2.0)]},
+        "FIELD_INVALID",
+    ),
+    "request id": ({"image": input_pb2.EncodedImage(data=b"x"), "request_id": "\n"}, "FIELD_INVALID"),
+    "overlay of a tensor": (
+        {
+            "tensor": input_pb2.Tensor(data_type=1, shape=(3, 160, 160), data=GOOD.tobytes()),
+            "specs": [spec_pb2.Spec(method=2, encoding=spec_pb2.ENCODING_OVERLAY_PNG)],
+        },
+        "FIELD_INVALID",
+    ),
+}
 
-    from camserve.v1 import explanation_service_pb2, explanation_service_pb2_grpc, input_pb2  # noqa: PLC0415
 
-    tensors = {
-        "TENSOR_MISMATCH": input_pb2.Tensor(data_type=input_pb2.DATA_TYPE_FLOAT32, shape=(3, 160, 160), data=bytes(12)),
-        "FIELD_INVALID": input_pb2.Tensor(shape=(3, 160, 160), data=GOOD.tobytes()),
-    }
-    with grpc.insecure_channel(demo_server.target) as channel:
-        stub = explanation_service_pb2_grpc.ExplanationServiceStub(channel)
-        for reason, tensor in tensors.items():
-            with pytest.raises(grpc.RpcError) as caught:
-                list(stub.Explain(explanation_service_pb2.ExplainRequest(model="surface", tensor=tensor)))
-            details = dict(caught.value.trailing_metadata())["grpc-status-details-bin"]
-            status = status_pb2.Status.FromString(details)
-            info = error_details_pb2.ErrorInfo()
-            assert [True] == [detail.Unpack(info) for detail in status.details if detail.Is(info.DESCRIPTOR)]
-            assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
-            assert (reason, "camserve") == (info.reason, info.domain)
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_message(stub, name):
+    """What no client library would send is refused with INVALID_ARGUMENT, one ErrorInfo and the field's path."""
+    fields, reason = MALFORMED[name]
+
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Explain(explanation_service_pb2.ExplainRequest(model="surface", **fields)))
+
+    status = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"])
+    infos = [detail for detail in status.details if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)]
+    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
+    assert [True] == [detail.Unpack(info) for detail in infos]
+    assert (reason, "camserve") == (info.reason, info.domain)
+    assert [True] == [detail.Unpack(request) for detail in status.details if detail.Is(request.DESCRIPTOR)]
+    assert request.field_violations[0].field
 
 
 BAD_SPECS = {
@@ -160,20 +200,15 @@ def test_thousand_specs(client, samples):
     assert "TOO_MANY_SPECS" == caught.value.reason
 
 
-def test_deadline_already_past(demo_server, samples):
+def test_deadline_already_past(stub, samples):
     """A deadline that is over on arrival is answered at once, with our reason."""
-    import grpc  # noqa: PLC0415 - the client library refuses to send this
-    from google.protobuf import duration_pb2  # noqa: PLC0415
-
-    from camserve.v1 import explanation_service_pb2, explanation_service_pb2_grpc, input_pb2  # noqa: PLC0415
-
     request = explanation_service_pb2.ExplainRequest(
         model="surface",
         image=input_pb2.EncodedImage(data=samples[0].read_bytes()),
         deadline=duration_pb2.Duration(seconds=-1),
     )
-    with grpc.insecure_channel(demo_server.target) as channel, pytest.raises(grpc.RpcError) as caught:
-        list(explanation_service_pb2_grpc.ExplanationServiceStub(channel).Explain(request))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Explain(request))
 
     assert grpc.StatusCode.DEADLINE_EXCEEDED == caught.value.code()
 
@@ -188,8 +223,6 @@ def test_own_deadline_is_answered_with_a_reason(client, samples):
 
 async def test_bad_image_in_a_batch_fails_alone(demo_server, samples):
     """Of eight requests at once the corrupt one fails and seven are answered."""
-    import asyncio  # noqa: PLC0415
-
     images: list[bytes | Path] = [samples[0]] * 7
     images.insert(3, b"corrupt")
     async with AsyncClient(demo_server.target) as client:
@@ -203,8 +236,6 @@ async def test_bad_image_in_a_batch_fails_alone(demo_server, samples):
 @pytest.mark.parametrize("net", [FailsOnBrightRows, NotFinite])
 def test_bad_row_fails_alone(serve, tmp_path, net):
     """A row on which the model raises, or gives NaN, fails by itself; the rows that shared its pass are answered."""
-    import asyncio  # noqa: PLC0415
-
     server = serve(script_source("moody", net(), tmp_path), batch_window_seconds=0.2)
     rows = [np.zeros((3, 32, 32), np.float32) for _ in range(8)]
     rows[5] += 3
@@ -225,10 +256,6 @@ def test_bad_row_fails_alone(serve, tmp_path, net):
 
 def test_full_door_refuses_with_a_time(serve, tmp_path, samples):
     """A full server says when to come back, at once."""
-    from support.nets import TinyNet  # noqa: PLC0415
-
-    from camserve.client import Overloaded  # noqa: PLC0415
-
     server = serve(script_source("tiny", TinyNet(), tmp_path), max_requests=1, batch_window_seconds=0.0)
     with Client(server.target, retries=0) as client:
         first = client.stream(np.zeros((64, 64, 3), np.uint8), model="tiny", specs=["grad-cam"] * 30)
