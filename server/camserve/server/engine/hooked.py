@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import collections
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from camserve.server.engine.digests import digest_tensors
-from camserve.server.engine.hooks import Taps, plain_attention, recorded, tapped
+from camserve.server.engine.hooks import Taps, addresses_of, plain_attention, recorded, tapped
 from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
 from camserve.server.engine.rerun import RerunCut
 from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
@@ -57,6 +57,7 @@ class HookedProgram:
         # TorchScript submodules take no hooks; they run, but none of their insides can be tapped here.
         self._modules = [(path, child) for path, child in paths if not isinstance(child, torch.jit.ScriptModule)]
         self._aliases = aliases
+        self._owned = addresses_of(self._module)
         self._code = code
         self._device = device
         self._dtype = dtype
@@ -119,15 +120,24 @@ class HookedProgram:
         if self._calls is None:
             self.run(*inputs)
         places = {tap: self._place(tap) for tap in taps}
-        with torch.enable_grad(), plain_attention(), tapped(self._modules, set(places.values())) as met:
-            outputs = self._module(*_own(inputs))
+        wanted = set(places.values())
+        outputs, met = self._tapped_forward(inputs, wanted, frozenset())
+        if parted := met.parted():
+            outputs, met = self._tapped_forward(inputs, wanted, parted)
         self._check_met(places, met)
         return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})
 
     def cut(self, tap: TapName) -> RerunCut:
         """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""
         self.calls()
-        return RerunCut(self._module, self._modules, self._place(tap))
+        return RerunCut(self._module, self._modules, self._place(tap), owned=self._owned)
+
+    def _tapped_forward(
+        self, inputs: Sequence[Tensor], places: Collection[TapName], rejoined: Collection[TapName]
+    ) -> tuple[Any, Taps]:
+        taps = tapped(self._modules, places, owned=self._owned, rejoined=rejoined)
+        with torch.enable_grad(), plain_attention(), taps as met:
+            return self._module(*_own(inputs)), met
 
     def _check_met(self, places: Mapping[TapName, TapName], met: Taps) -> None:
         """Refuses a forward that made other calls than the first one: its 'last call' would be another place."""

@@ -15,10 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from camserve.server.engine.program import Call, TapName
 
-__all__ = ["Taps", "keys_of", "pick", "plain_attention", "put", "recorded", "tapped"]
+__all__ = [
+    "Modules",
+    "Taps",
+    "addresses_of",
+    "is_writable",
+    "keys_of",
+    "pick",
+    "plain_attention",
+    "put",
+    "recorded",
+    "shares_memory",
+    "tapped",
+    "tensors_of",
+]
 
 # Every module of a program with the path its calls are counted under, in registration order.
 Modules = Sequence[tuple[str, nn.Module]]
@@ -80,26 +94,55 @@ class Taps:
     def __init__(self) -> None:
         self.values: dict[TapName, Tensor] = {}
         self.counts: collections.Counter[str] = collections.Counter()
+        self._parted: dict[TapName, list[tuple[Tensor, int]]] = {}
+
+    def watch(self, place: TapName, *tensors: Tensor) -> None:
+        """Notes tensors that were one in the model and are two now."""
+        self._parted[place] = [(tensor, tensor._version) for tensor in tensors]  # noqa: SLF001 - There is no public name.
+
+    def parted(self) -> frozenset[TapName]:
+        """Places where one of the two was changed in place later, so that in the model both would have been."""
+        return frozenset(
+            place
+            for place, tensors in self._parted.items()
+            if any(tensor._version != version for tensor, version in tensors)  # noqa: SLF001
+        )
 
 
 @contextlib.contextmanager
-def tapped(modules: Modules, places: Collection[TapName]) -> Iterator[Taps]:
+def tapped(
+    modules: Modules, places: Collection[TapName], *, owned: Collection[int], rejoined: Collection[TapName] = ()
+) -> Iterator[Taps]:
     """Keeps the value at each place during the forward in the body.
 
     Args:
         modules: the program's modules by path.
         places: names with their call index filled in.
+        owned: addresses of the memory of parameters and buffers, which is never written to.
+        rejoined: places that `Taps.parted` named after an earlier try.
     """
     taps = Taps()
     paths = {place.path for place in places}
 
     def hook_for(path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             index = taps.counts[path]
             taps.counts[path] += 1
             for place in places:
                 if place.path == path and place.call == index:
-                    taps.values[place], onward = _tap(pick(output, place.output))
+                    value = pick(output, place.output)
+                    is_shared = shares_memory(value, (args, kwargs)) and is_writable(value, owned)
+                    kept = value.clone()
+                    if not kept.requires_grad:
+                        # The earliest tap on its path: nothing before it is differentiated.
+                        kept = kept.detach().requires_grad_()
+                    taps.values[place] = kept
+                    if is_shared and (not value.requires_grad or place in rejoined):
+                        onward = value.copy_(kept)
+                    else:
+                        onward = kept.clone()
+                        if is_shared:
+                            taps.watch(place, value, onward)
                     output = put(output, place.output, onward)
             return output
 
@@ -108,21 +151,36 @@ def tapped(modules: Modules, places: Collection[TapName]) -> Iterator[Taps]:
     with contextlib.ExitStack() as hooks:
         for path, module in modules:
             if path in paths:
-                hooks.callback(module.register_forward_hook(hook_for(path)).remove)
+                hooks.callback(module.register_forward_hook(hook_for(path), with_kwargs=True).remove)
         yield taps
 
 
-def _tap(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits a value into the one that is kept and the one that goes on.
+def shares_memory(value: Tensor, arguments: Any) -> bool:
+    """Whether a module returned memory of its arguments, as identities, in-place activations and views do.
 
-    Two copies, because both ends can be written to: an identity layer returns its caller's own tensor, which the caller may
-    change in place, and the next layer may change what it is given. A value without a graph is the earliest tap on its path
-    and becomes a leaf; nothing before it is differentiated.
+    The caller may still hold that memory and change it, or read it after the layer's result was changed. So the tapped value
+    goes on in the same memory where it can: always at the earliest tap on a path, where no graph remembers the old content,
+    and at later ones only if somebody does change it, since otherwise overwriting would spoil gradients for nothing.
     """
-    kept = value.clone()
-    if not kept.requires_grad:
-        kept = kept.detach().requires_grad_()
-    return kept, kept.clone()
+    address = value.untyped_storage().data_ptr()
+    return any(tensor.untyped_storage().data_ptr() == address for tensor in tensors_of(arguments))
+
+
+def is_writable(value: Tensor, owned: Collection[int]) -> bool:
+    """Whether `copy_` into a tensor is defined and changes nothing of the model."""
+    has_overlap = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+    return not has_overlap and value.untyped_storage().data_ptr() not in owned
+
+
+def addresses_of(module: nn.Module) -> frozenset[int]:
+    """Where the parameters and buffers of a module lie in memory."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """Every tensor in a structure."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from camserve.server.engine.hooks import Modules, pick, plain_attention, put
+from camserve.server.engine.hooks import Modules, is_writable, pick, plain_attention, put, shares_memory, tensors_of
 from camserve.server.engine.program import TapName
 from camserve.server.errors import Reason, Unsupported
 
@@ -51,12 +51,14 @@ class RerunCut:
         module: the whole model, frozen and in eval mode.
         modules: its submodules by path.
         place: the tap, with its call index.
+        owned: addresses of the memory of parameters and buffers.
     """
 
-    def __init__(self, module: nn.Module, modules: Modules, place: TapName) -> None:
+    def __init__(self, module: nn.Module, modules: Modules, place: TapName, *, owned: Collection[int]) -> None:
         self._module = module
         self._modules = modules
         self._place = place
+        self._owned = owned
         # A caller's own forward hook would run again on what it returned already.
         self._hooked = frozenset(path for path, module in modules if module._forward_hooks)  # noqa: SLF001
 
@@ -88,7 +90,7 @@ class RerunCut:
             Unsupported: the crossing does not lead to the tap.
         """
         inputs, remembered = crossing
-        tail = _Tail(self._place, activation, remembered)
+        tail = _Tail(self._place, activation, remembered, self._owned)
         replayed = {name.partition("#")[0] for name in remembered}
         with_grad = torch.is_grad_enabled() and activation.requires_grad
         with torch.set_grad_enabled(with_grad), plain_attention(), contextlib.ExitStack() as changes:
@@ -96,7 +98,7 @@ class RerunCut:
                 if path in replayed:
                     changes.enter_context(_forward_replaced(module, tail.replay(path, module.forward)))
                 if path in replayed or path == self._place.path:
-                    changes.callback(module.register_forward_hook(tail.finisher(path)).remove)
+                    changes.callback(module.register_forward_hook(tail.finisher(path), with_kwargs=True).remove)
             outputs = self._module(*(tensor.clone() for tensor in inputs))
         if not tail.is_replaced:
             raise _never_reached(self._place)
@@ -116,7 +118,7 @@ class _Front:
 
     def starter(self) -> Callable[..., None]:
         def start(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = _tensors_of((args, kwargs))
+            inputs = tensors_of((args, kwargs))
             versions = [tensor._version for tensor in inputs]  # noqa: SLF001 - PyTorch offers no public name for it.
             self._open.append(_Start(inputs, versions, len(self.remembered), self._counts.copy()))
 
@@ -140,7 +142,7 @@ class _Front:
 
 def _is_skippable(begun: _Start, output: Any) -> bool:
     """Whether a call did nothing but return new tensors."""
-    results = _tensors_of(output)
+    results = tensors_of(output)
     is_changed = any(
         tensor._version != version  # noqa: SLF001
         for tensor, version in zip(begun.inputs, begun.versions, strict=True)
@@ -154,8 +156,13 @@ class _Tail:
     """Replays what the front remembered and puts the caller's activation in its place."""
 
     def __init__(
-        self, place: TapName, activation: Tensor, remembered: Mapping[str, tuple[Any, Mapping[str, int]]]
+        self,
+        place: TapName,
+        activation: Tensor,
+        remembered: Mapping[str, tuple[Any, Mapping[str, int]]],
+        owned: Collection[int],
     ) -> None:
+        self._owned = owned
         self.is_replaced = False
         self._place = place
         self._activation = activation
@@ -174,13 +181,17 @@ class _Tail:
         return replay
 
     def finisher(self, path: str) -> Callable[..., Any]:
-        def finish(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def finish(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             index = self._counts[path]
             self._counts[path] += 1
             if (path, index) != (self._place.path, self._place.call):
                 return output
             self.is_replaced = True
-            return put(output, self._place.output, self._activation.clone())
+            value = pick(output, self._place.output)
+            # As in `tapped`: where the layer returned memory of its caller's, the caller must find the new value there.
+            is_shared = shares_memory(value, (args, kwargs)) and is_writable(value, self._owned)
+            onward = value.copy_(self._activation) if is_shared else self._activation.clone()
+            return put(output, self._place.output, onward)
 
         return finish
 
@@ -197,10 +208,6 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             del vars(module)["forward"]
         else:
             vars(module)["forward"] = own
-
-
-def _tensors_of(values: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _copied(output: Any) -> Any:
