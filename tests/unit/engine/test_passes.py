@@ -249,15 +249,21 @@ def test_maps_are_those_of_the_row_alone(net: TinyNet, model: PassModel) -> None
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype"),
+    ("rows", "dtype", "whole_batch_maps"),
     [
-        *[(rows, torch.float32) for rows in range(1, 9)],
-        *[(rows, dtype) for rows in (3, 8) for dtype in (torch.float64, torch.bfloat16, torch.float16)],
+        *[(rows, torch.float32, False) for rows in range(1, 9)],
+        *[(rows, torch.float32, True) for rows in (2, 5, 8)],
+        *[(4, dtype, way) for dtype in (torch.float64, torch.bfloat16, torch.float16) for way in (False, True)],
     ],
 )
-def test_neighbours_do_not_change_a_bit(net: TinyNet, rows: int, dtype: torch.dtype) -> None:
-    """At equal batch size every map of a row has the same bits whatever the others are and ask for, at any place in the batch."""
-    model = model_of(net, dtype)
+def test_neighbours_do_not_change_a_bit(
+    net: TinyNet,
+    rows: int,
+    dtype: torch.dtype,
+    whole_batch_maps: bool,  # noqa: FBT001 - a test parameter
+) -> None:
+    """At equal batch size every map of a row has the same bits whatever the others are and ask for."""
+    model = dataclasses.replace(model_of(net, dtype), whole_batch_maps=whole_batch_maps)
     place = rows // 2
     mine = (*every_method(), spec(7, layers=["stem", "relu#1"]), spec(8, target=of_class(2, Score.SOFTMAX)))
     seen = []
@@ -274,6 +280,31 @@ def test_neighbours_do_not_change_a_bit(net: TinyNet, rows: int, dtype: torch.dt
     assert len(mine) == len(seen[0][1])
     for other in seen[1:]:
         assert seen[0] == other
+
+
+def test_whole_batch_maps_are_those_of_rows(model: PassModel) -> None:
+    """The two ways agree to rounding, for every method, several targets and several layers."""
+    rows = [
+        (*every_method(), *COMPANIES[3]),
+        (),
+        COMPANIES[4],
+        (spec(0, "cam", target=Target(kind=TargetKind.TOP_K, value=4)),),
+    ]
+    by_row, at_once = (
+        [
+            (event.row, event.result)
+            for event in run_pass(dataclasses.replace(model, whole_batch_maps=way), images(4), rows)
+            if isinstance(event, Mapped)
+        ]
+        for way in (False, True)
+    )
+
+    assert 16 == len(by_row) == len(at_once)
+    for (row, one), (other_row, other) in zip(by_row, at_once, strict=True):
+        assert isinstance(one, RawMap)
+        assert isinstance(other, RawMap)
+        assert (row, one.target) == (other_row, other.target)
+        np.testing.assert_allclose(one.values, other.values, rtol=1e-5, atol=1e-6 * max(abs(one.raw_min), one.raw_max))
 
 
 @pytest.mark.parametrize("slug", METHODS)

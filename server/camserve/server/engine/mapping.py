@@ -49,7 +49,8 @@ class Mapper:
         self._model = model
         self._activations = activations
         self.targets = targets
-        self._is_whole_batch = model.program.device.type != "cpu"
+        chosen = model.whole_batch_maps
+        self._is_whole_batch = model.program.device.type != "cpu" if chosen is None else chosen
         # Whole-batch maps of the rank in progress; each serves every row that asks for the same.
         self._shared: dict[tuple[Compute, TapName, int], Tensor] = {}
         self._failed: set[tuple[int, int]] = set()

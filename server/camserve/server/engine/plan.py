@@ -35,6 +35,8 @@ class PassModel:
         head: the linear head behind average pooling, or None where the model has no such thing.
         head_layer: the tap whose average pooling feeds the head; empty without one.
         output_path: where the class logits are in the model's output; see `targets.select_output`.
+        whole_batch_maps: whether raw maps are computed for the whole batch at once rather than for one row; None takes rows on
+            the CPU, where arithmetic costs most, and the batch elsewhere, where launching does. Last bits may differ.
     """
 
     program: Program
@@ -43,6 +45,7 @@ class PassModel:
     head: LinearHead | None = None
     head_layer: str = ""
     output_path: str = ""
+    whole_batch_maps: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
