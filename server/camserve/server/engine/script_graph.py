@@ -113,8 +113,10 @@ def mark_calls(graph: Graph, archive: torch.jit.ScriptModule) -> None:
             path = _module_path(graph, node.inputsAt(0))
             if path is None:
                 continue
-            found = True
             module = _submodule(archive, path)
+            if module is None:
+                continue  # An object of a script class; torch inlines its methods.
+            found = True
             # A module interface hides the attributes of the module behind it; here the module is known.
             node.inputsAt(0).setType(module._type())
             graph.setInsertPoint(node)
@@ -169,9 +171,12 @@ def _module_path(graph: Graph, value: Value) -> str | None:
 
 
 def _submodule(archive: torch.jit.ScriptModule, path: str) -> Any:
+    """The module at a path; None if an object of a script class is on the way."""
     module = archive._c
     for name in path.split(".") if path else ():
         module = module.getattr(name)
+        if not isinstance(module, torch._C.ScriptModule):
+            return None
     return module
 
 
@@ -184,14 +189,15 @@ def _fold(graph: Graph, archive: torch.jit.ScriptModule) -> None:
     written = {(_module_path(graph, node.inputsAt(0)), node.s("name")) for node in writes}
     for node in list(graph.findAllNodes("prim::GetAttr")):
         value, path = node.output(), _module_path(graph, node.inputsAt(0))
-        if path is None or (path, node.s("name")) in written:
+        module = None if path is None else _submodule(archive, path)
+        if module is None or (path, node.s("name")) in written:
             continue
         kind = value.type().kind()
         read_only = kind in _CONTAINER_KINDS and all(use.user.kind() in _CONTAINER_READS for use in value.uses())
         if kind in _IMMUTABLE_KINDS or read_only:
             graph.setInsertPoint(node)
             try:
-                constant = graph.insertConstant(_submodule(archive, path).getattr(node.s("name")))
+                constant = graph.insertConstant(module.getattr(node.s("name")))
             except RuntimeError:
                 continue  # A tuple or list of something that cannot be a constant: it stays an attribute.
             value.replaceAllUsesWith(constant)
@@ -324,9 +330,10 @@ def attribute_tensors(graph: Graph, archive: torch.jit.ScriptModule) -> dict[str
     found: dict[str, Tensor] = {}
     for node in graph.findAllNodes("prim::GetAttr"):
         path = _module_path(graph, node.inputsAt(0))
-        if path is None:
+        module = None if path is None else _submodule(archive, path)
+        if module is None:
             continue
-        value = _submodule(archive, path).getattr(node.s("name"))
+        value = module.getattr(node.s("name"))
         if isinstance(value, Tensor):
             found[f"{path}.{node.s('name')}" if path else node.s("name")] = value
     return found

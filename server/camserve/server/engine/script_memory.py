@@ -41,7 +41,7 @@ class Memory:
     def __init__(self, graph: Graph) -> None:
         self._aliases = graph.alias_db()
         self._inputs = [value for value in graph.inputs() if _holds_tensors(value)]
-        self._values: dict[int, tuple[int, Value]] = {value.unique(): (-1, value) for value in graph.inputs()}
+        self._values: dict[int, tuple[int, Value]] = {value.unique(): (-1, value) for value in self._inputs}
         self._last_use: dict[int, int] = {}
         self._writes: list[tuple[int, Value | None]] = []
         self._records: dict[int, int] = {}
@@ -58,10 +58,16 @@ class Memory:
             self._last_use |= {value.unique(): self._time for value in node.inputs()}
             written = written_arguments(node)
             self._writes += [(self._time, None)] if written is None else [(self._time, value) for value in written]
+            entered = self._time
             for inner in node.blocks():
-                self._values |= {value.unique(): (self._time, value) for value in inner.inputs()}
+                self._values |= {
+                    value.unique(): (self._time, value) for value in inner.inputs() if _holds_tensors(value)
+                }
                 self._read(inner)
-            self._values |= {value.unique(): (self._time, value) for value in node.outputs()}
+            if node.kind() == "prim::Loop":
+                # What one round reads the next round reads again.
+                self._last_use |= {name: self._time for name, used in self._last_use.items() if used > entered}
+            self._values |= {value.unique(): (self._time, value) for value in node.outputs() if _holds_tensors(value)}
         self._time += 1
         self._last_use |= {value.unique(): self._time for value in block.outputs()}
 
@@ -95,8 +101,10 @@ class Memory:
             return Hazards(copy_capture=given)
         has_other_names, last_use_onward = False, here
         for unique, last_use in self._last_use.items():
+            if last_use <= here or unique not in self._values:
+                continue
             born, name = self._values[unique]
-            if last_use > here and _holds_tensors(name) and self._aliases.may_contain_alias(name, value):
+            if self._aliases.may_contain_alias(name, value):
                 if born > here or unique == own:
                     last_use_onward = max(last_use_onward, last_use)
                 else:
