@@ -63,7 +63,9 @@ class AccessRecord:
             "reason": self.reason,
             "error": self.message,
         }
-        _log.info("call", **{name: value for name, value in fields.items() if value not in ("", 0)})
+        # Probes ask every few seconds; at the level of ordinary calls they would bury them.
+        write = _log.info if self.rpc.startswith("/camserve.") else _log.debug
+        write("call", **{name: value for name, value in fields.items() if value not in ("", 0)})
 
 
 def open_record(record: AccessRecord) -> None:

@@ -7,6 +7,7 @@ swallows it leaks a stream in grpc.aio.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -48,12 +49,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             self._unary(rpc, handler.unary_unary), handler.request_deserializer, handler.response_serializer
         )
 
-    def _streaming(self, rpc: str, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _streaming(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             record = self._open(rpc, context)
             try:
-                async for message in inner(request, context):
-                    yield message
+                answer = inner(request, context)
+                if inspect.isasyncgen(answer):
+                    async for message in answer:
+                        yield message
+                else:
+                    await answer  # The health service's Watch writes to the context instead of yielding.
             except (Exception, asyncio.CancelledError, GeneratorExit) as error:  # noqa: BLE001 - every error needs a status
                 await _end(error, record, context)
             finally:

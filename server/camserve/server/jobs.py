@@ -171,8 +171,8 @@ class RawMap:
         spec_index: which spec asked for it.
         target: the class it is about.
         values: (h w), or (t) or (d h w), float32, at the resolution of the layer (the finest of several), finite.
-        raw_min: smallest value before normalisation.
-        raw_max: largest value before normalisation.
+        raw_min: smallest value before rectification and normalisation; of several layers, of the map they were fused into.
+        raw_max: largest value, likewise.
         flags: what a reader must know.
         layers: the taps used, call indices as asked.
         device_seconds: post-processing time of this map.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 import structlog
 
@@ -12,6 +13,9 @@ __all__ = ["configure_logs"]
 
 def configure_logs(log_format: str, log_level: str) -> None:
     """Sets format (`console` or `json`) and least severity."""
+    # Serving TorchScript archives is what we are for; that torch deprecates them is nothing an operator can act on.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=DeprecationWarning)
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if log_format == "json"

@@ -83,10 +83,13 @@ class Pipeline:
         yield predict(forwarded.logits, model.card, job.top_k)
 
         map_seconds = encode_seconds = 0.0
+        seen: set[tuple[int, int]] = set()
         while True:
             with clock.stage("device"):
                 outcome = await clock.within(reply.next())
             match outcome:
+                case jobs.RawMap() | jobs.SpecFailed() if not _is_new(outcome, seen):
+                    continue
                 case jobs.RawMap():
                     map_seconds += outcome.device_seconds
                     with clock.stage("encode"):
@@ -114,7 +117,7 @@ class Pipeline:
                     )
                     return
                 case RowForwarded():
-                    continue  # The pass was halved after its forward; the prediction has been sent.
+                    continue
                 case CamserveError():
                     raise outcome
 
@@ -192,6 +195,15 @@ class _Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, asyncio.CancelledError | DeadlineExceeded):
             self._metrics.cancelled.labels(self._name).inc()
+
+
+def _is_new(outcome: jobs.RawMap | jobs.SpecFailed, seen: set[tuple[int, int]]) -> bool:
+    """False for what was sent before: a pass that failed late, say for want of memory, is run again in halves."""
+    rank = outcome.target.rank if isinstance(outcome, jobs.RawMap) else -1
+    key = (outcome.spec_index, rank)
+    is_new = key not in seen
+    seen.add(key)
+    return is_new
 
 
 @contextlib.contextmanager

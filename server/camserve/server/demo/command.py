@@ -82,12 +82,14 @@ def _print_table(images: list[Path], results: list[Result]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table("image", "truth", "prediction", "probability", "strongest evidence at", "total ms")
+    methods = [heatmap.method for heatmap in results[0].heatmaps]
+    table = Table("image", "prediction", "", *(f"{method} peak" for method in methods), "ms", title="camserve demo")
     for image, result in zip(images, results, strict=True):
-        peaks = ", ".join(f"{heatmap.method} {_peak(heatmap)}" for heatmap in result.heatmaps)
         best = result.prediction
-        milliseconds = result.summary.timings.total * 1e3
-        table.add_row(image.name, _truth(image), best.name, f"{best.probability:.3f}", peaks, f"{milliseconds:.1f}")
+        verdict = best.name if best.name == _truth(image) else f"{best.name} (is {_truth(image)})"
+        milliseconds = f"{result.summary.timings.total * 1e3:.1f}"
+        peaks = [_peak(heatmap) for heatmap in result.heatmaps]
+        table.add_row(image.stem, verdict, f"{best.probability:.2f}", *peaks, milliseconds)
     Console().print(table)
 
 

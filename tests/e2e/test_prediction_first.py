@@ -1,0 +1,114 @@
+"""The prediction leaves before a map can exist, and work that nobody waits for is not done."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from support.gated import GATE
+from support.servers import Metrics, settings
+
+from camserve.client import AsyncClient, Client, DeadlineExceeded, Heatmap, Prediction, Spec, Summary, TensorInput, TopK
+from camserve.server.background import BackgroundServer
+from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig
+from camserve.server.models.sources import ModelSource
+
+ROW = TensorInput(np.ones((3, 32, 32), np.float32))
+
+
+@pytest.fixture(scope="module")
+def gated_server():
+    """A server of the gated model; the gate stands open while it loads."""
+    GATE.opened.set()
+    factory = FactoryConfig(name="support.gated:make", allowed_imports=("support.gated",), random_seed=0)
+    config = ModelConfig(factory=factory, input=InputConfig(size=(32, 32)), default_layer="body")
+    source = ModelSource(name="gated", version="1", path=None, config=config)
+    with BackgroundServer(settings(max_batch_rows=2, batch_window_seconds=0), [source]) as server:
+        yield server
+        GATE.opened.set()
+
+
+@pytest.fixture
+def gate():
+    """A closed gate."""
+    GATE.reset()
+    yield GATE
+    GATE.opened.set()
+
+
+def test_prediction_arrives_before_the_backward_is_allowed(gated_server, gate):
+    """The gradient waits for an event that is set only after the prediction was received."""
+    with Client(gated_server.target) as client:
+        events = client.stream(ROW, model="gated", specs=["grad-cam"])
+        first = next(events)
+        assert isinstance(first, Prediction)
+        assert gate.reached.wait(timeout=30)
+        gate.opened.set()
+        rest = list(events)
+
+    assert [Heatmap, Summary] == [type(event) for event in rest]
+
+
+def test_expired_request_is_answered_while_a_pass_runs(gated_server, gate):
+    """While the device is held, a request whose own deadline passes is answered promptly with our reason."""
+    with Client(gated_server.target) as client:
+        holder = client.stream(ROW, model="gated", specs=["grad-cam"])
+        next(holder)
+        assert gate.reached.wait(timeout=30)
+        with pytest.raises(DeadlineExceeded) as caught:
+            client.explain(ROW, model="gated", deadline=0.05)
+        assert not gate.opened.is_set()
+        gate.opened.set()
+        list(holder)
+
+    assert "DEADLINE_EXCEEDED" == caught.value.reason
+
+
+def test_cancelled_requests_are_not_run(gated_server, gate):
+    """Eight requests cancelled while they wait add no row to any later pass; the one that stayed is answered."""
+    metrics = Metrics(gated_server)
+    rows_before = metrics.value("camserve_batch_rows_sum")
+
+    async def run():
+        async with AsyncClient(gated_server.target) as client:
+            holder = asyncio.create_task(client.explain(ROW, model="gated", specs=["grad-cam"]))
+            await asyncio.to_thread(gate.reached.wait, 30)
+            leaving = [asyncio.create_task(client.explain(ROW, model="gated", specs=["grad-cam"])) for _ in range(8)]
+            staying = asyncio.create_task(client.explain(ROW, model="gated"))
+            await until(lambda: metrics.value("camserve_queue_depth") == 9)
+            for task in leaving:
+                task.cancel()
+            await asyncio.gather(*leaving, return_exceptions=True)
+            await until(lambda: metrics.value("camserve_queue_depth") == 1)
+            gate.opened.set()
+            return await asyncio.gather(holder, staying)
+
+    holder, staying = asyncio.run(run())
+
+    assert 2 == metrics.value("camserve_batch_rows_sum") - rows_before
+    assert 8 <= metrics.value("camserve_cancelled_total", stage="queue")
+    assert 1 == len(holder.heatmaps)
+    assert staying.prediction is not None
+
+
+def test_cancelled_while_on_the_device_stops_before_the_next_gradient(gated_server, gate):
+    """Of three targets only the gradient that was running when the caller left is computed."""
+    with Client(gated_server.target) as client:
+        events = client.stream(ROW, model="gated", specs=[Spec("grad-cam", target=TopK(3))])
+        next(events)
+        assert gate.reached.wait(timeout=30)
+        events.close()
+        metrics = Metrics(gated_server)
+        asyncio.run(until(lambda: metrics.value("camserve_requests_in_flight") == 0))
+        gate.opened.set()
+        client.explain(ROW, model="gated")  # Runs after the abandoned pass: the device thread is free again.
+
+    assert 1 == gate.rows_backward
+
+
+async def until(is_so, timeout_seconds: float = 30) -> None:
+    """Reads the metrics page until it shows what is waited for: the page has no events to await."""
+    async with asyncio.timeout(timeout_seconds):
+        while not await asyncio.to_thread(is_so):  # noqa: ASYNC110 - another process's page can only be read again
+            await asyncio.sleep(0.01)
