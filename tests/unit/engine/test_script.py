@@ -197,6 +197,58 @@ def test_a_tap_that_would_change_the_model_is_refused() -> None:
         program.cut(TapName.parse("same")).front(x)
 
 
+class SharesUnannounced(nn.Module):
+    """`type_as` returns its own input when there is nothing to convert, though its schema promises new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = nn.Conv2d(4, 4, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        return self.drop(y).mean((2, 3)) + y.type_as(x).mul_(2.0).mean((2, 3))
+
+
+def test_a_write_that_the_schemas_deny_is_noticed() -> None:
+    """The tap is made again with copies of everything, and what it captured was not overwritten."""
+    model, x = SharesUnannounced().eval(), torch.randn(2, 3, 4, 4)
+    program = scripted(model)
+    both = [TapName.parse("first"), TapName.parse("second")]
+    together = program.capture(both, x)
+
+    assert_same(
+        [model(x), model.first(x), model.second(model.first(x))],
+        [together.outputs, *(together.activations[tap] for tap in both)],
+    )
+    for layer in ("first", "second"):
+        assert_same(hooked(model, layer, x), captured(scripted(model), layer, x))
+
+
+class WritesThroughDropout(nn.Module):
+    """A dropout whose output is only written to: in eval mode that writes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.drop(y).mul_(2.0)
+        return y.mean((2, 3))
+
+
+def test_writes_through_a_dropout_are_kept() -> None:
+    """No pass takes the write for one into a value that nobody reads."""
+    model, x = WritesThroughDropout().eval(), torch.randn(2, 3, 4, 4)
+    program = scripted(model)
+
+    assert_same([model(x)], [program.run(x)])
+    assert_same(hooked(model, "conv", x), captured(program, "conv", x))
+
+
 class OverwritesItsInput(nn.Module):
     """A model that normalises in place, and whose first layer is an identity on the caller's tensor."""
 

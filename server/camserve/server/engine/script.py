@@ -97,6 +97,7 @@ class ScriptProgram:
         self._calls, self._at = _numbered(self._places)
         self._plain = graphs.compiled("forward", unmarked_graph(self._marked))
         self._tapped: collections.OrderedDict[tuple[Pick, ...], Callable[..., Any]] = collections.OrderedDict()
+        self._cuts: collections.OrderedDict[Pick, ScriptCut] = collections.OrderedDict()
         self._verified: set[tuple[Pick, ...]] = set()
 
     @property
@@ -163,8 +164,12 @@ class ScriptProgram:
         pick = self._pick(tap)
         if self._places[pick[0]].conditional:
             raise _unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
-        halves = cut_graphs(self._marked, pick, self._places)
-        return ScriptCut(self, tap, halves)
+        if pick not in self._cuts:
+            self._cuts[pick] = ScriptCut(self, tap, cut_graphs(self._marked, pick, self._places))
+            if len(self._cuts) > _FUNCTIONS_KEPT:
+                self._cuts.popitem(last=False)
+        self._cuts.move_to_end(pick)
+        return self._cuts[pick]
 
     def _captured(self, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]) -> tuple[Any, Mapping[Pick, Tensor | None]]:
         """One tapped forward, whose captures are known not to have been written to and to leave the outputs as they are."""

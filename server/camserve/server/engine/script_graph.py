@@ -203,10 +203,19 @@ def _fold(graph: Graph, archive: torch.jit.ScriptModule) -> None:
             value.replaceAllUsesWith(constant)
             node.destroy()
     graph.setInsertPoint(graph.return_node())
+    _drop_dropouts(graph)
     torch._C._jit_pass_constant_propagation(graph)
     torch._C._jit_pass_constant_loop_unrolling(graph)
     torch._C._jit_pass_constant_propagation(graph)
+    _drop_dropouts(graph)
     torch._C._jit_pass_dce(graph)
+
+
+def _drop_dropouts(graph: Graph) -> None:
+    """Puts the input of every dropout that does nothing in place of its output: they are one tensor, whatever the schema says.
+
+    This must come before any pass that drops unread values, or writes into that tensor would be dropped as well.
+    """
     for node, _ in list(walk(graph)):
         if node.kind() in _DROPOUTS and node.inputsAt(2).toIValue() is False:
             node.output().replaceAllUsesWith(node.inputsAt(0))
