@@ -118,16 +118,7 @@ def test_metrics_page_after_traffic(demo_server, client, samples):
 
 def start_process(*flags: str) -> tuple[subprocess.Popen[str], int, int]:
     """Starts `camserve serve` on free ports; returns the process, its port and its metrics port."""
-    command = [
-        sys.executable,
-        "-m",
-        "camserve.client.cli",
-        "serve",
-        "--listen",
-        "127.0.0.1:0",
-        "--metrics-listen",
-        "127.0.0.1:0",
-    ]
+    command = [CAMSERVE, "serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
     process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
     assert process.stderr is not None
     for line in process.stderr:

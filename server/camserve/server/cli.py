@@ -61,8 +61,7 @@ def serve(
     **flags: Any,
 ) -> None:
     """Serve explanations of image models over gRPC."""
-    # Imported here: torch takes seconds, and --help should not.
-    from camserve.server.app import App  # noqa: PLC0415
+    # Imported here: --help should not wait for pydantic, nor a mistyped flag for torch, which takes seconds.
     from camserve.server.logs import configure_logs  # noqa: PLC0415
     from camserve.server.models.sources import demo_sources, from_flag, scan_repository  # noqa: PLC0415
     from camserve.server.settings import load_settings  # noqa: PLC0415
@@ -72,6 +71,8 @@ def serve(
         sources = [from_flag(text, size=size, labels=labels, random_seed=random_seed) for text in models]
         if settings.repository is not None:
             sources += scan_repository(settings.repository)
+        from camserve.server.app import App  # noqa: PLC0415
+
         app = App(settings, sources or demo_sources())
     except ValueError as error:
         raise click.ClickException(_first_lines(error)) from error
