@@ -78,12 +78,15 @@ class SurfaceNet(nn.Module):
 
 def front(model: nn.Module, inputs: Tensor) -> Tensor:
     """Runs a `SurfaceNet`, scripted or not, up to its last stage: (b 3 h w) in, (b c i j) out."""
+    # Not get_submodule: scripted modules refuse it.
+    children = dict(model.named_children())
     for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
-        inputs = model.get_submodule(name)(inputs)
+        inputs = children[name](inputs)
     return inputs
 
 
 def tail(model: nn.Module, features: Tensor) -> Tensor:
     """Runs what follows the last stage: (b c i j) in, logits (b n) out."""
-    logits: Tensor = model.get_submodule("fc")(torch.flatten(model.get_submodule("pool")(features), 1))
+    children = dict(model.named_children())
+    logits: Tensor = children["fc"](torch.flatten(children["pool"](features), 1))
     return logits

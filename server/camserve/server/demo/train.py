@@ -129,8 +129,8 @@ def report(figures: Figures, baseline: dict[str, float]) -> str:
 
 @click.command()
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Archive to write.")
-@click.option("--count", default=9000, show_default=True, help="Training pictures to generate.")
-@click.option("--rounds", default=8, show_default=True, help="How often each picture is seen.")
+@click.option("--count", default=7200, show_default=True, help="Training pictures to generate.")
+@click.option("--rounds", default=4, show_default=True, help="How often each picture is seen.")
 @click.option("--test-count", default=1000, show_default=True, help="Test pictures; a multiple of 20.")
 @click.option("--seed", default=0, show_default=True, help="Of pictures and weights.")
 @click.option("--workers", default=2, show_default=True, help="Processes that generate pictures.")
