@@ -109,6 +109,12 @@ class Door:
                 Reason.QUEUE_FULL,
                 f"the server is full: {self._inside} of {limits.max_requests} requests and {self._held_bytes} of "
                 f"{limits.max_held_bytes} bytes; try again in {retry:.2f} s",
-                metadata={"requests": self._inside, "limit": limits.max_requests, "retrySeconds": f"{retry:.3f}"},
+                metadata={
+                    "requests": self._inside,
+                    "limit": limits.max_requests,
+                    "heldBytes": self._held_bytes,
+                    "limitBytes": limits.max_held_bytes,
+                    "retrySeconds": f"{retry:.3f}",
+                },
                 retry_after_seconds=retry,
             )

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+
+from camserve.server.errors import ExecutionFailed, Reason
+from camserve.server.replies import Reply, RowForwarded, deliver
+
+
+def forwarded(value: float) -> RowForwarded:
+    """A row that can be told from others."""
+    return RowForwarded(logits=np.array([value], np.float32), started_at=0.0)
+
+
+async def test_outcomes_come_in_order():
+    """What was put first is read first; an error is an outcome like any other."""
+    reply, row, error = Reply(), forwarded(1), ExecutionFailed(Reason.MODEL_FAILED, "no")
+    reply.put(row)
+    reply.put(error)
+
+    assert row is await reply.next()
+    assert error is await reply.next()
+
+
+async def test_letters_cross_from_the_device_thread_in_order():
+    """Outcomes put on another thread arrive at their own replies, in order, and wake whoever waits."""
+    one, other = Reply(), Reply()
+    rows = [forwarded(value) for value in range(3)]
+    reading = asyncio.create_task(one.next())
+    loop = asyncio.get_running_loop()
+    thread = threading.Thread(target=deliver, args=(loop, [(one, rows[0]), (other, rows[1]), (one, rows[2])]))
+    thread.start()
+
+    assert rows[0] is await reading
+    assert rows[1] is await other.next()
+    assert rows[2] is await one.next()
+    thread.join()
+
+
+def test_abandoning_is_seen_by_the_device():
+    """Nobody waits any more once the reply is abandoned."""
+    reply = Reply()
+    assert not reply.is_abandoned
+
+    reply.abandon()
+
+    assert reply.is_abandoned
