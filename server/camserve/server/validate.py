@@ -10,10 +10,14 @@ import dataclasses
 import difflib
 
 from camserve.server import jobs
+from camserve.server.cam.methods import METHODS
 from camserve.server.errors import InvalidRequest, NotFound, Reason, Unsupported
 from camserve.server.models.card import ModelCard
 
 __all__ = ["RequestLimits", "check_job"]
+
+# A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
+_COMPARED_CHARACTERS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,16 @@ def check_job(job: jobs.Job, card: ModelCard, limits: RequestLimits) -> None:
     for spec in job.specs:
         field = f"specs[{spec.index}]"
         _check_method(spec, card, field)
+        _check_profile(spec, field)
         for place, name in enumerate(spec.layers):
             _check_layer(name, spec, card, f"{field}.layers[{place}]")
+            if name in spec.layers[:place]:
+                raise InvalidRequest(
+                    Reason.FIELD_INVALID,
+                    f"{field}.layers[{place}] names {name!r} again; name each layer once",
+                    field=f"{field}.layers[{place}]",
+                    metadata={"layer": name},
+                )
         maps += _check_target(spec.target, card, f"{field}.target")
         _check_rendering(spec, job.payload, f"{field}")
     if maps > limits.max_maps:
@@ -67,6 +79,16 @@ def _check_method(spec: jobs.Spec, card: ModelCard, field: str) -> None:
         field=f"{field}.method",
         metadata={"method": spec.method, "model": card.name},
     )
+
+
+def _check_profile(spec: jobs.Spec, field: str) -> None:
+    if spec.profile in METHODS[spec.method].absent_from:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"{field}.profile {spec.profile} has no {spec.method}: that library does not offer it; use profile paper",
+            field=f"{field}.profile",
+            metadata={"method": spec.method, "profile": spec.profile},
+        )
 
 
 def _check_layer(name: str, spec: jobs.Spec, card: ModelCard, field: str) -> None:
@@ -98,7 +120,7 @@ def _check_layer(name: str, spec: jobs.Spec, card: ModelCard, field: str) -> Non
 
 def _near(name: str, card: ModelCard) -> str:
     usable = [layer.name for layer in card.layers if not layer.refusal]
-    near = difflib.get_close_matches(name, usable, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(name[:_COMPARED_CHARACTERS], usable, n=5, cutoff=0.5)
     return (
         f"near names: {', '.join(near)}; default: {card.default_layer}; the card lists all {len(usable)}"
         if near

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from camserve.server import jobs
 from camserve.server.cam.methods import METHODS
 from camserve.server.errors import Reason, Unsupported
 from camserve.server.wire import words
@@ -59,17 +58,12 @@ UNBUILT_SPEC: tuple[Unbuilt, ...] = (
     Unbuilt(
         "target.polarity",
         "ask for evidence for the class; rectify=false keeps both signs in the map",
-        lambda spec: spec.target.polarity == spec_pb2.POLARITY_AGAINST,
+        lambda spec: spec.target.polarity not in (spec_pb2.POLARITY_UNSPECIFIED, spec_pb2.POLARITY_FOR),
     ),
     Unbuilt(
         "target.output_path",
         "set output.path on the model card",
         lambda spec: spec.target.HasField("output_path"),
-    ),
-    Unbuilt(
-        "profile",
-        "use PROFILE_PAPER",
-        lambda spec: words.PROFILES.get(spec.profile) not in (None, jobs.Profile.PAPER),
     ),
     Unbuilt("smoothing", "leave it unset", lambda spec: spec.HasField("smoothing")),
     Unbuilt("budget", "leave it unset: no amplified method is built yet", lambda spec: spec.HasField("budget")),

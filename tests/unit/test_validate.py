@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from support.cards import card, job, spec
+
+from camserve.server import jobs
+from camserve.server.cam.methods import METHODS
+from camserve.server.errors import CamserveError, InvalidRequest, NotFound, Reason, Unsupported
+from camserve.server.models.card import MethodCard
+from camserve.server.validate import RequestLimits, check_job
+
+LIMITS = RequestLimits(max_specs=3, max_maps=6)
+TENSOR = jobs.TensorInput(dtype="float32", shape=(3, 32, 32), data=b"")
+
+
+def refusal(request: jobs.Job, model=None) -> CamserveError:
+    """What a job is refused with."""
+    with pytest.raises(CamserveError) as caught:
+        check_job(request, card() if model is None else model, LIMITS)
+    return caught.value
+
+
+def target(kind: jobs.TargetKind, value: int) -> jobs.Spec:
+    """Grad-CAM about that target."""
+    return spec(target=jobs.Target(kind=kind, value=value))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        job(),
+        job(top_k=4),
+        job(*(spec(index) for index in range(3))),
+        job(spec(layers=("stem", "body#0"))),
+        job(target(jobs.TargetKind.CLASS_INDEX, 0)),
+        job(target(jobs.TargetKind.CLASS_INDEX, 3)),
+        job(target(jobs.TargetKind.KTH, 1)),
+        job(target(jobs.TargetKind.KTH, 4)),
+        job(target(jobs.TargetKind.TOP_K, 4)),
+        job(spec(encoding=jobs.Encoding.OVERLAY_PNG, size=jobs.MapSize.SOURCE)),
+        job(spec(profile=jobs.Profile.TORCHCAM)),
+        job(spec(size=jobs.MapSize.INPUT), payload=TENSOR),
+    ],
+)
+def test_what_the_model_can_do_passes(request_):
+    """The ends of every range, any spelling of a layer, any rendering the input allows."""
+    check_job(request_, card(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "reason", "field"),
+    [
+        (job(*(spec(index) for index in range(4))), InvalidRequest, Reason.TOO_MANY_SPECS, "specs"),
+        (job(*(target(jobs.TargetKind.TOP_K, 4),) * 2), InvalidRequest, Reason.TOO_MANY_SPECS, "specs"),
+        (job(top_k=0), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "top_k"),
+        (job(top_k=5), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "top_k"),
+        (
+            job(target(jobs.TargetKind.CLASS_INDEX, -1)),
+            InvalidRequest,
+            Reason.CLASS_OUT_OF_RANGE,
+            "specs[0].target.class_index",
+        ),
+        (
+            job(target(jobs.TargetKind.CLASS_INDEX, 4)),
+            InvalidRequest,
+            Reason.CLASS_OUT_OF_RANGE,
+            "specs[0].target.class_index",
+        ),
+        (job(target(jobs.TargetKind.KTH, 0)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.kth.k"),
+        (job(target(jobs.TargetKind.KTH, 5)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.kth.k"),
+        (job(target(jobs.TargetKind.TOP_K, 0)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.top.k"),
+        (job(target(jobs.TargetKind.TOP_K, 5)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.top.k"),
+        (job(spec(), spec(1, layers=("stem", "tail"))), NotFound, Reason.LAYER_NOT_FOUND, "specs[1].layers[1]"),
+        (job(spec(layers=("head",))), Unsupported, Reason.LAYER_UNUSABLE, "specs[0].layers[0]"),
+        (job(spec(layers=("body", "stem", "body"))), InvalidRequest, Reason.FIELD_INVALID, "specs[0].layers[2]"),
+        (
+            job(spec(encoding=jobs.Encoding.OVERLAY_JPEG), payload=TENSOR),
+            InvalidRequest,
+            Reason.FIELD_INVALID,
+            "specs[0].encoding",
+        ),
+        (
+            job(spec(size=jobs.MapSize.SOURCE), payload=TENSOR),
+            InvalidRequest,
+            Reason.FIELD_INVALID,
+            "specs[0].size",
+        ),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_at_its_field(request_, kind, reason, field):
+    """Class, reason and path tell what is wrong."""
+    error = refusal(request_)
+
+    assert (kind, reason, field) == (type(error), error.reason, error.field)
+
+
+@pytest.mark.parametrize(
+    ("method", "profile"),
+    [(method.slug, profile) for method in METHODS.values() for profile in sorted(method.absent_from)],
+)
+def test_a_profile_without_the_method_is_refused(method, profile):
+    """A library that does not offer a method has no conventions for it."""
+    error = refusal(job(spec(method=method, profile=profile)))
+
+    assert (Reason.FIELD_INVALID, "specs[0].profile") == (error.reason, error.field)
+    assert method in error.message
+    assert "use profile paper" in error.message
+
+
+def test_a_missing_layer_gets_near_names_and_the_default():
+    """A typing error is answered with what was meant."""
+    error = refusal(job(spec(layers=("boddy",))))
+
+    assert "near names: body" in error.message
+    assert "default: body" in error.message
+    assert {"layer": "boddy", "model": "tiny"} == dict(error.metadata)
+
+
+def test_a_huge_layer_name_is_refused_at_once():
+    """Looking for near names does not grow with what was sent."""
+    error = refusal(job(spec(layers=("x" * 5_000_000,))))
+
+    assert Reason.LAYER_NOT_FOUND == error.reason
+
+
+def test_a_method_that_the_model_cannot_do_names_those_it_can():
+    """The card's note says why, and what works instead."""
+    methods = (
+        MethodCard(slug="grad-cam", works=False, note="it has no derivative"),
+        MethodCard(slug="eigen-cam", works=True),
+    )
+
+    error = refusal(job(spec()), card(methods=methods))
+
+    assert (Reason.METHOD_UNSUPPORTED_BY_MODEL, "specs[0].method") == (error.reason, error.field)
+    assert "it has no derivative" in error.message
+    assert error.message.endswith("methods that do: eigen-cam")
+
+
+def test_a_method_bound_to_a_layer_is_refused_elsewhere():
+    """CAM works where the pooling feeds the head, under every spelling of that layer, and nowhere else."""
+    model = card(methods=(MethodCard(slug="cam", works=True, note="at body", only_layers=("body", "body#0")),))
+
+    check_job(job(spec(method="cam", layers=("body#0",))), model, LIMITS)
+    error = refusal(job(spec(method="cam", layers=("stem",))), model)
+
+    assert (Reason.METHOD_UNSUPPORTED_BY_MODEL, "specs[0].layers[0]") == (error.reason, error.field)
+
+
+def test_the_input_is_not_looked_at():
+    """Validation costs nothing that grows with the image: it never touches its bytes."""
+    check_job(dataclasses.replace(job(spec()), payload=jobs.EncodedImage(data=None)), card(), LIMITS)
