@@ -133,6 +133,7 @@ def test_a_segmentation_model_returns_a_dict_and_its_backbone_is_tapped_by_key()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:RCNN always returns:UserWarning")  # The model's own, told from inside the archive.
 def test_a_detection_model_takes_images_and_is_tapped() -> None:
     """Faster R-CNN: list input, several outputs, objects of script classes, loops; its feature maps are there."""
     model = torchvision.models.get_model(

@@ -1,7 +1,7 @@
 """TorchScript archives, scripted or traced, as a `Program`: tapped and cut without the model's source.
 
 Arrives: a file or stream that `torch.jit.load` reads. Leaves: outputs, activations and cuts by the rules of `Program`.
-`models/` loads, `passes.py` and `probe.py` run. The graph work is in `script_graph.py` and `script_taps.py`.
+`models/` loads, `passes.py` and `probe.py` run. The graph work is in the `script_*.py` files beside this one.
 
 An archive that was frozen before it was saved has neither module paths nor parameters left. Its taps are operators instead, in
 order of execution: `op.conv2d#3` is the fourth convolution, `op.conv2d` the last one. The same names are used for an archive
@@ -27,7 +27,8 @@ from camserve.server.engine import script_graph as graphs
 from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
 from camserve.server.engine.script_memory import Hazards, Memory
-from camserve.server.engine.script_taps import CutGraphs, Pick, Place, cut_graphs, places, tapped_graph, unmarked_graph
+from camserve.server.engine.script_places import Place, places
+from camserve.server.engine.script_taps import CutGraphs, Pick, cut_graphs, tapped_graph, unmarked_graph
 from camserve.server.engine.script_values import copied, is_same
 from camserve.server.errors import NotFound, Reason, Unsupported
 

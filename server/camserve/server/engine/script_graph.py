@@ -2,7 +2,7 @@
 
 Arrives: a loaded `ScriptModule`. Leaves: one flat graph in which every module call is inlined, control flow that the archive's
 own settings decide is gone, and behind each call stands a *mark* that knows the path, number and value of that call.
-`script_taps.py` turns marks into taps and cuts, `script.py` owns the result.
+`script_places.py` reads marks, `script_taps.py` turns them into taps and cuts, `script.py` owns the result.
 
 A mark is two nodes. `prim::unchecked_cast` hands the returned value on: it is an identity for every type, which alias analysis
 and all passes used here understand. `prim::Print` behind it counts as an effect, so no pass drops the call from the list, even

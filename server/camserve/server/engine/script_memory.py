@@ -1,7 +1,7 @@
 """Which values of a TorchScript graph share memory, and what is written in place when.
 
 Arrives: the marked graph of `script_graph.py`. Leaves: for one module call, which copies a tap there needs, or why it would be
-wrong. `script_taps.py` asks. Taps stay exact because of this, and cheap: most layers need no copy at all.
+wrong. `script_places.py` and `script_taps.py` ask. Taps stay exact because of this, and cheap: most layers need no copy at all.
 """
 
 from __future__ import annotations
