@@ -205,7 +205,7 @@ def _fold(graph: Graph, archive: torch.jit.ScriptModule) -> None:
     graph.setInsertPoint(graph.return_node())
     _drop_dropouts(graph)
     torch._C._jit_pass_constant_propagation(graph)
-    torch._C._jit_pass_constant_loop_unrolling(graph)
+    torch._C._jit_pass_constant_loop_unrolling(graph)  # type: ignore[attr-defined]  # The stub lacks it.
     torch._C._jit_pass_constant_propagation(graph)
     _drop_dropouts(graph)
     torch._C._jit_pass_dce(graph)
