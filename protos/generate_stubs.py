@@ -19,7 +19,7 @@ PROTO_ROOT = Path(__file__).resolve().parent
 
 
 def _site_of(module: str, *, levels: int) -> Path:
-    """The folder `levels` packages above a module; `google` is a namespace of many distributions, so a package has no one path."""
+    """The folder `levels` above a module: `google` is a namespace of many distributions, so a package has no one path."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise RuntimeError(f"{module} is missing; install googleapis-common-protos")
