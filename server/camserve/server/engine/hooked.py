@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,10 +120,9 @@ class HookedProgram:
         if self._calls is None:
             self.run(*inputs)
         places = {tap: self._place(tap) for tap in taps}
-        wanted = set(places.values())
-        outputs, met = self._tapped_forward(inputs, wanted, frozenset())
-        if parted := met.parted():
-            outputs, met = self._tapped_forward(inputs, wanted, parted)
+        hooks = tapped(self._modules, set(places.values()), owned=self._owned)
+        with torch.enable_grad(), plain_attention(), hooks as met:
+            outputs = self._module(*_own(inputs))
         self._check_met(places, met)
         return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})
 
@@ -131,13 +130,6 @@ class HookedProgram:
         """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""
         self.calls()
         return RerunCut(self._module, self._modules, self._place(tap), owned=self._owned)
-
-    def _tapped_forward(
-        self, inputs: Sequence[Tensor], places: Collection[TapName], rejoined: Collection[TapName]
-    ) -> tuple[Any, Taps]:
-        taps = tapped(self._modules, places, owned=self._owned, rejoined=rejoined)
-        with torch.enable_grad(), plain_attention(), taps as met:
-            return self._module(*_own(inputs)), met
 
     def _check_met(self, places: Mapping[TapName, TapName], met: Taps) -> None:
         """Refuses a forward that made other calls than the first one: its 'last call' would be another place."""

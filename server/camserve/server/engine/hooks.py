@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad_mode
 from torch.utils import _pytree as pytree
 
 from camserve.server.engine.program import Call, TapName
@@ -23,13 +24,12 @@ __all__ = [
     "Modules",
     "Taps",
     "addresses_of",
-    "is_writable",
+    "handed_on",
     "keys_of",
     "pick",
     "plain_attention",
     "put",
     "recorded",
-    "shares_memory",
     "tapped",
     "tensors_of",
 ]
@@ -94,32 +94,16 @@ class Taps:
     def __init__(self) -> None:
         self.values: dict[TapName, Tensor] = {}
         self.counts: collections.Counter[str] = collections.Counter()
-        self._parted: dict[TapName, list[tuple[Tensor, int]]] = {}
-
-    def watch(self, place: TapName, *tensors: Tensor) -> None:
-        """Notes tensors that were one in the model and are two now."""
-        self._parted[place] = [(tensor, tensor._version) for tensor in tensors]  # noqa: SLF001 - There is no public name.
-
-    def parted(self) -> frozenset[TapName]:
-        """Places where one of the two was changed in place later, so that in the model both would have been."""
-        return frozenset(
-            place
-            for place, tensors in self._parted.items()
-            if any(tensor._version != version for tensor, version in tensors)  # noqa: SLF001
-        )
 
 
 @contextlib.contextmanager
-def tapped(
-    modules: Modules, places: Collection[TapName], *, owned: Collection[int], rejoined: Collection[TapName] = ()
-) -> Iterator[Taps]:
+def tapped(modules: Modules, places: Collection[TapName], *, owned: Collection[int]) -> Iterator[Taps]:
     """Keeps the value at each place during the forward in the body.
 
     Args:
         modules: the program's modules by path.
         places: names with their call index filled in.
         owned: addresses of the memory of parameters and buffers, which is never written to.
-        rejoined: places that `Taps.parted` named after an earlier try.
     """
     taps = Taps()
     paths = {place.path for place in places}
@@ -131,19 +115,12 @@ def tapped(
             for place in places:
                 if place.path == path and place.call == index:
                     value = pick(output, place.output)
-                    is_shared = shares_memory(value, (args, kwargs)) and is_writable(value, owned)
                     kept = value.clone()
                     if not kept.requires_grad:
                         # The earliest tap on its path: nothing before it is differentiated.
                         kept = kept.detach().requires_grad_()
                     taps.values[place] = kept
-                    if is_shared and (not value.requires_grad or place in rejoined):
-                        onward = value.copy_(kept)
-                    else:
-                        onward = kept.clone()
-                        if is_shared:
-                            taps.watch(place, value, onward)
-                    output = put(output, place.output, onward)
+                    output = put(output, place.output, handed_on(kept, value, (args, kwargs), owned))
             return output
 
         return hook
@@ -155,21 +132,25 @@ def tapped(
         yield taps
 
 
-def shares_memory(value: Tensor, arguments: Any) -> bool:
-    """Whether a module returned memory of its arguments, as identities, in-place activations and views do.
+def handed_on(kept: Tensor, value: Tensor, arguments: Any, owned: Collection[int]) -> Tensor:
+    """Returns what the model goes on with instead of a layer's value: always a copy, which in-place layers may change.
 
-    The caller may still hold that memory and change it, or read it after the layer's result was changed. So the tapped value
-    goes on in the same memory where it can: always at the earliest tap on a path, where no graph remembers the old content,
-    and at later ones only if somebody does change it, since otherwise overwriting would spoil gradients for nothing.
+    Identities and in-place activations return the very tensor they were given. Their caller may hold it under another name, so
+    there the copy goes into that tensor. Where it has the same bytes, gradients that remember the tensor stay valid, hence its
+    version does not count up.
+
+    Args:
+        kept: what the model is to go on with.
+        value: what the layer returned, of the same shape.
+        arguments: what the layer was given.
+        owned: addresses of the model's own memory, which is not written to.
     """
-    address = value.untyped_storage().data_ptr()
-    return any(tensor.untyped_storage().data_ptr() == address for tensor in tensors_of(arguments))
-
-
-def is_writable(value: Tensor, owned: Collection[int]) -> bool:
-    """Whether `copy_` into a tensor is defined and changes nothing of the model."""
+    is_argument = any(value is argument for argument in tensors_of(arguments))
     has_overlap = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
-    return not has_overlap and value.untyped_storage().data_ptr() not in owned
+    if not is_argument or has_overlap or value.untyped_storage().data_ptr() in owned:
+        return kept.clone()
+    with grad_mode._unsafe_preserve_version_counter(value):  # noqa: SLF001 - There is no public name for it.
+        return value.copy_(kept)
 
 
 def addresses_of(module: nn.Module) -> frozenset[int]:

@@ -17,7 +17,7 @@ from camserve.server.engine.program import Program, TapName
 from camserve.server.engine.targets import select_output
 from camserve.server.errors import CamserveError, Unsupported
 
-__all__ = ["FAILURES", "Seen", "look", "message_of"]
+__all__ = ["FAILURES", "Seen", "find_scores", "look", "message_of"]
 
 # What a program raises for an input it does not take or a graph it cannot differentiate. Guards of exports raise AssertionError,
 # Python code whatever it likes of the others; running out of memory is a RuntimeError too.
@@ -82,7 +82,7 @@ def look(program: Program, taps: Sequence[TapName], inputs: Tensor, output_path:
 
 def _look_once(program: Program, taps: Sequence[TapName], inputs: Tensor, output_path: str) -> Seen:
     capture = program.capture(taps, inputs)
-    scores = _scores(capture.outputs, output_path)
+    scores = find_scores(capture.outputs, output_path)
     gradients: dict[TapName, Tensor | None] = {}
     no_gradient = ""
     if taps:
@@ -100,7 +100,7 @@ def _look_once(program: Program, taps: Sequence[TapName], inputs: Tensor, output
     )
 
 
-def _scores(outputs: Any, output_path: str) -> Tensor:
+def find_scores(outputs: Any, output_path: str) -> Tensor:
     """The class scores, or for other kinds of models the first floating tensor they return."""
     try:
         return select_output(outputs, output_path)

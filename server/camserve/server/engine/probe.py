@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -19,7 +20,7 @@ from camserve.server.engine.batches import coupling, make_batch, try_sizes
 from camserve.server.engine.default_layer import best_name, choose_default
 from camserve.server.engine.head import LinearHead, find_linear_head
 from camserve.server.engine.layout import Layout, channels_first, detect_layout
-from camserve.server.engine.look import FAILURES, Seen, look
+from camserve.server.engine.look import FAILURES, Seen, find_scores, look
 from camserve.server.engine.program import Call, Program, TapName
 from camserve.server.engine.stopwatch import Lap
 from camserve.server.errors import CamserveError
@@ -27,6 +28,7 @@ from camserve.server.errors import CamserveError
 __all__ = ["LayerReport", "LinearHead", "ProbeReport", "find_linear_head", "probe"]
 
 _NO_INFLUENCE = "the class scores depend on no layer that can be mapped; an untrained head of zeros does this"
+_TAPS_CHANGE = "tapping every layer moves the class scores in their last bits or more; check maps of single layers"
 
 _Shapes: TypeAlias = Mapping[TapName, tuple[int, ...]]
 
@@ -120,12 +122,19 @@ def probe(
     ]
     inputs = make_batch(sample_input, rows)
     seen = look(program, taps, inputs, output_path)
+    has_changed = not torch.equal(seen.scores, find_scores(runs[rows], output_path))
     layouts, refusals = _read_layouts(program, seen, inputs, min(sizes))
     reaches = {tap: _reaches(seen, tap, layout) for tap, layout in layouts.items()}
 
     has_influence = any(reached is not False for reached in reaches.values())
     default = choose_default(calls, layouts, reaches if has_influence else {}, seen.values, seen.scores)
     head, head_tap = _find_head(program, seen, layouts)
+    notes = (
+        influence,
+        seen.no_gradient,
+        "" if has_influence else _NO_INFLUENCE,
+        _TAPS_CHANGE if has_changed and not influence else "",
+    )
     if head_tap is not None:
         head_tap = best_name(head_tap, calls, seen.values)
     return ProbeReport(
@@ -141,7 +150,7 @@ def probe(
         head_layer=_spellings(head_tap, calls)[0] if head_tap else "",
         classes=seen.scores.shape[1] if seen.scores.ndim == 2 else 0,
         warm_up_seconds=lap.seconds,
-        notes=tuple(note for note in (influence, seen.no_gradient, "" if has_influence else _NO_INFLUENCE) if note),
+        notes=tuple(note for note in notes if note),
     )
 
 

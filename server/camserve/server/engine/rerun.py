@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from camserve.server.engine.hooks import Modules, is_writable, pick, plain_attention, put, shares_memory, tensors_of
+from camserve.server.engine.hooks import Modules, handed_on, pick, plain_attention, put, tensors_of
 from camserve.server.engine.program import TapName
 from camserve.server.errors import Reason, Unsupported
 
@@ -188,9 +188,8 @@ class _Tail:
                 return output
             self.is_replaced = True
             value = pick(output, self._place.output)
-            # As in `tapped`: where the layer returned memory of its caller's, the caller must find the new value there.
-            is_shared = shares_memory(value, (args, kwargs)) and is_writable(value, self._owned)
-            onward = value.copy_(self._activation) if is_shared else self._activation.clone()
+            value = pick(output, self._place.output)
+            onward = handed_on(self._activation, value, (args, kwargs), self._owned)
             return put(output, self._place.output, onward)
 
         return finish
