@@ -7,7 +7,9 @@ swallows it leaks a stream in grpc.aio.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -25,8 +27,9 @@ __all__ = ["CallInterceptor"]
 _log = structlog.get_logger("camserve.calls")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
-# HTTP/2 trailers are limited to 8 KiB by default; long lists of labels or layers must not turn a refusal into an INTERNAL.
-_LONGEST_MESSAGE = 1500
+# gRPC limits trailers to 8 KiB by default; long names and lists must not turn a refusal into an INTERNAL.
+_TRAILER_BYTES = 7000
+_LONGEST_TEXTS = (1500, 600, 200, 60)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
@@ -55,8 +58,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             try:
                 answer = inner(request, context)
                 if inspect.isasyncgen(answer):
-                    async for message in answer:
-                        yield message
+                    # Closed here rather than by the garbage collector: a caller who left gives its place back at once.
+                    async with contextlib.aclosing(answer) as messages:
+                        async for message in messages:
+                            yield message
                 else:
                     await answer  # The health service's Watch writes to the context instead of yielding.
             except (Exception, asyncio.CancelledError, GeneratorExit) as error:  # noqa: BLE001 - every error needs a status
@@ -91,7 +96,7 @@ async def _end(error: BaseException, record: AccessRecord, context: Any) -> NoRe
         record.code = "CANCELLED"
         raise error
     if isinstance(error, grpc.aio.AbortError):
-        record.code = context.code().name if hasattr(context, "code") else "UNKNOWN"
+        record.code = context.code().name
         raise error
     if not isinstance(error, CamserveError):
         _log.exception("unexpected error", rpc=record.rpc, request_id=record.request_id, exc_info=error)
@@ -100,14 +105,32 @@ async def _end(error: BaseException, record: AccessRecord, context: Any) -> NoRe
             f"an internal error; the server's log tells more under request id {record.request_id or 'none'}",
             metadata={"requestId": record.request_id},
         )
-    status = _within_trailers(status_of(error))
+    status = _within_trailers(error)
     code = _CODES[status.code]
     record.code, record.reason, record.message = code.name, str(error.reason), status.message
     await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
     raise AssertionError("This is a bug: abort returned")
 
 
-def _within_trailers(status: status_pb2.Status) -> status_pb2.Status:
-    if len(status.message) > _LONGEST_MESSAGE:
-        status.message = status.message[: _LONGEST_MESSAGE - 2] + " …"
+def _within_trailers(error: CamserveError) -> status_pb2.Status:
+    """The error's status, its texts shortened as far as the trailers demand; reason, field and structure always fit."""
+    for longest in _LONGEST_TEXTS:
+        status = status_of(_shortened(error, longest))
+        # The message travels twice: percent-encoded for any client, and inside the details, which travel as base64.
+        encoded_bytes = len(urllib.parse.quote(status.message)) + status.ByteSize() * 4 // 3
+        if encoded_bytes <= _TRAILER_BYTES:
+            break
     return status
+
+
+def _shortened(error: CamserveError, longest: int) -> CamserveError:
+    def cut(text: str) -> str:
+        return text if len(text) <= longest else text[: longest - 2] + " …"
+
+    return type(error)(
+        error.reason,
+        cut(error.message),
+        field=cut(error.field),
+        metadata={key: cut(value) for key, value in error.metadata.items()},
+        retry_after_seconds=error.retry_after_seconds,
+    )

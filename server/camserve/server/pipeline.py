@@ -11,7 +11,7 @@ import concurrent.futures
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from camserve.server import jobs
@@ -48,7 +48,7 @@ class Pipeline:
         self._decode_limits = decode_limits
         self._metrics = metrics
 
-    async def explain(self, job: jobs.Job, model: ServedModel) -> AsyncIterator[jobs.Event]:
+    async def explain(self, job: jobs.Job, model: ServedModel) -> AsyncGenerator[jobs.Event, None]:
         """Yields the prediction, then each heatmap or failed spec, then the summary.
 
         Raises:

@@ -5,6 +5,7 @@ Transport-neutral apart from their signatures: they use the context only for the
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -56,10 +57,11 @@ class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceService
             caller=context.peer(),
         )
         check_job(job, model.card, self._limits)
-        async for event in self._pipeline.explain(job, model):
-            if isinstance(event, jobs.Summary):
-                record.batch_rows = event.facts.rows
-            yield response(event, model.card)
+        async with contextlib.aclosing(self._pipeline.explain(job, model)) as events:
+            async for event in events:
+                if isinstance(event, jobs.Summary):
+                    record.batch_rows = event.facts.rows
+                yield response(event, model.card)
 
 
 _STATES = {
