@@ -7,14 +7,17 @@ then handed to `app.py` as plain values.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 __all__ = ["Settings", "load_settings"]
+
+_LARGEST_PORT = 65535
 
 
 class Settings(BaseSettings):
@@ -51,15 +54,18 @@ class Settings(BaseSettings):
 
     @field_validator("listen", "metrics_listen")
     @classmethod
-    def _address(cls, value: str) -> str:
-        if value and not value.rpartition(":")[2].isdigit():
-            raise ValueError(f"{value!r} is not an address; write host:port, such as 0.0.0.0:50051")
+    def _address(cls, value: str, info: ValidationInfo) -> str:
+        if not value and info.field_name == "metrics_listen":
+            return value
+        host, _, port = value.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit()) or int(port) > _LARGEST_PORT:
+            raise ValueError(f"{value!r} is not an address; write host:port, such as 0.0.0.0:50051 or [::]:50051")
         return value
 
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
-        if value not in {"auto", "cpu", "cuda"} and not (value.startswith("cuda:") and value[5:].isdigit()):
+        if value not in {"auto", "cpu", "cuda"} and not re.fullmatch(r"cuda:[0-9]+", value):
             raise ValueError(f"{value!r} is not a device; write auto, cpu, cuda or cuda:0")
         return value
 
@@ -77,12 +83,16 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         flags: values from the command line; None means not given.
 
     Raises:
-        ValueError: an unknown or invalid setting; the text names it (pydantic's ValidationError is a ValueError).
+        ValueError: the file is not TOML, or a setting is unknown or invalid; the text names it (pydantic's ValidationError is a
+            ValueError). Unknown variables are let be: Kubernetes sets CAMSERVE_PORT and the like for a service named camserve.
     """
     from_file: dict[str, Any] = {}
     if config is not None:
-        from_file = tomllib.loads(config.read_text(encoding="utf-8"))
+        try:
+            from_file = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{config} is not TOML: {error}") from error
     given = {name: value for name, value in flags.items() if value is not None}
-    in_environment = {name for name in Settings.model_fields if f"CAMSERVE_{name.upper()}" in os.environ}
-    kept = {name: value for name, value in from_file.items() if name not in in_environment}
+    in_environment = {variable.upper() for variable in os.environ}  # pydantic does not mind their case either.
+    kept = {name: value for name, value in from_file.items() if f"CAMSERVE_{name.upper()}" not in in_environment}
     return Settings(**{**kept, **given})

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from camserve.server.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch):
+    """What the machine sets is not what these tests ask about."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"CAMSERVE_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """A configuration file that sets three settings."""
+    path = tmp_path / "camserve.toml"
+    path.write_text('max_batch_rows = 2\nmax_requests = 20\nlog_format = "json"\n', encoding="utf-8")
+    return path
+
+
+def test_flags_go_before_environment_before_file_before_defaults(config, monkeypatch):
+    """Each source wins over those behind it, setting by setting."""
+    monkeypatch.setenv("CAMSERVE_MAX_BATCH_ROWS", "3")
+    monkeypatch.setenv("CAMSERVE_MAX_REQUESTS", "30")
+
+    settings = load_settings(config, max_batch_rows=4, max_requests=None)
+
+    assert 4 == settings.max_batch_rows
+    assert 30 == settings.max_requests
+    assert "json" == settings.log_format
+    assert Settings.model_fields["max_specs"].default == settings.max_specs
+
+
+def test_the_case_of_a_variable_does_not_change_who_wins(config, monkeypatch):
+    """A lower-case variable counts, and goes before the file too."""
+    monkeypatch.setenv("camserve_max_batch_rows", "3")
+
+    assert 3 == load_settings(config).max_batch_rows
+
+
+def test_settings_are_frozen():
+    """Nobody changes a running server's settings."""
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        load_settings().max_requests = 1
+
+
+def test_an_unknown_key_in_the_file_is_named(tmp_path):
+    """A typing error in the file is refused, not ignored."""
+    path = tmp_path / "camserve.toml"
+    path.write_text("max_batch_row = 2\n", encoding="utf-8")
+
+    with pytest.raises(ValueError, match="max_batch_row\n"):
+        load_settings(path)
+
+
+def test_an_unknown_flag_is_named():
+    """A name that is no setting is refused."""
+    with pytest.raises(ValueError, match="max_batch_row\n"):
+        load_settings(max_batch_row=2)
+
+
+def test_variables_of_others_are_let_be(monkeypatch):
+    """Kubernetes sets these in every pod beside a service named camserve."""
+    monkeypatch.setenv("CAMSERVE_PORT", "tcp://10.0.0.1:50051")
+    monkeypatch.setenv("CAMSERVE_SERVICE_HOST", "10.0.0.1")
+
+    assert Settings.model_fields["listen"].default == load_settings().listen
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path):
+    """The text tells which file and where."""
+    path = tmp_path / "camserve.toml"
+    path.write_text("max_batch_rows: 2\n", encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"camserve\.toml is not TOML: .*line 1"):
+        load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("listen", ""),
+        ("listen", "50051"),
+        ("listen", ":50051"),
+        ("listen", "localhost"),
+        ("listen", "0.0.0.0:65536"),
+        ("listen", "0.0.0.0:-1"),
+        ("metrics_listen", "8002"),
+        ("device", "gpu"),
+        ("device", "cuda:"),
+        ("torch_threads", -1),
+        ("max_batch_rows", 0),
+        ("max_batch_rows", "many"),
+        ("batch_window_seconds", -0.001),
+        ("batch_window_seconds", float("nan")),
+        ("batch_window_seconds", 2),
+        ("max_requests", 0),
+        ("max_held_bytes", 1),
+        ("max_image_pixels", 0),
+        ("drain_seconds", -1),
+        ("log_format", "xml"),
+        ("log_level", "loud"),
+    ],
+)
+def test_a_bad_value_names_its_setting(name, value):
+    """The text tells which setting is wrong."""
+    with pytest.raises(ValueError, match=rf"\n{name}\n"):
+        load_settings(**{name: value})
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::]:50051", "localhost:8002", "0.0.0.0:65535"])
+def test_addresses_are_host_and_port(address):
+    """Names, both families of addresses, and port 0."""
+    settings = load_settings(listen=address, metrics_listen=address)
+
+    assert (address, address) == (settings.listen, settings.metrics_listen)
+
+
+def test_an_empty_metrics_address_means_no_page():
+    """The metrics page can be left out; the port for requests cannot."""
+    assert not load_settings(metrics_listen="").metrics_listen
+
+
+def test_zero_decoders_means_one_for_each_core():
+    """The number of decode threads is resolved."""
+    assert 3 == load_settings(decode_threads=3).decoders
+    assert load_settings(decode_threads=0).decoders >= 1
+
+
+@pytest.mark.parametrize("name", list(Settings.model_fields))
+def test_every_setting_says_why_someone_would_change_it(name):
+    """A setting without a description is not finished."""
+    assert Settings.model_fields[name].description
