@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from camserve.server.models.recipe import Channels, InputRecipe, Interpolation, Resize
 
-__all__ = ["FactoryConfig", "InputConfig", "ModelConfig", "OutputConfig", "read_config"]
+__all__ = ["FactoryConfig", "InputConfig", "ModelConfig", "OutputConfig", "read_config", "read_labels"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -78,8 +78,10 @@ class ModelConfig(BaseModel):
         """The preprocessing these fields describe."""
         given = self.input
         mean, std = given.mean, given.std
-        if given.channels in {"gray", "none"} and "mean" not in given.model_fields_set:
-            mean, std = (0.0,), (1.0,)
+        if given.channels in {"gray", "none"}:
+            # The defaults are ImageNet's, for three channels.
+            mean = mean if "mean" in given.model_fields_set else (0.0,)
+            std = std if "std" in given.model_fields_set else (1.0,)
         return InputRecipe(
             shape=given.shape or (1 if given.channels == "gray" else 3, *given.size),
             dtype=self.precision,
@@ -101,12 +103,33 @@ def read_config(path: Path) -> ModelConfig:
     """
     try:
         config = ModelConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
         lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path}: {lines}") from error
+    try:
+        config.recipe()
+    except ValueError as error:
+        raise ValueError(f"{path}: input: {error}") from error
     if config.labels_file:
-        labels = (path.parent / config.labels_file).read_text(encoding="utf-8").split("\n")
-        config = config.model_copy(update={"labels": tuple(label.strip() for label in labels if label.strip())})
+        if config.labels:
+            raise ValueError(f"{path}: labels and labels_file are both given; keep one")
+        config = config.model_copy(update={"labels": read_labels(path.parent / config.labels_file)})
     return config
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Reads a text file of class labels, one a line, in order of class index.
+
+    Raises:
+        ValueError: it cannot be read, or a line before the last label is empty: dropping it would shift every label after.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the labels in {path}: {error}") from error
+    labels = tuple(line.strip() for line in lines)
+    if "" in labels:  # An empty file has one such line.
+        raise ValueError(f"{path}, line {labels.index('') + 1}: it is empty; write one label for each class")
+    return labels

@@ -58,7 +58,7 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         head_layer=report.head_layer,
         output_path=config.output.path,
     )
-    rows = min(config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
+    rows = min(max_batch_rows, config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
     methods = tuple(_method_card(method, report) for method in METHODS.values())
     default_layer = config.default_layer or report.default_layer
     _warm_up(pass_model, noise, rows if report.static_batch is None else report.static_batch, default_layer, methods)
@@ -127,7 +127,8 @@ def _check_fit(source: ModelSource, report: ProbeReport) -> None:
         )
     if config.labels and len(config.labels) != report.classes:
         raise ValueError(
-            f"model {source.name!r} has {report.classes} classes, but its card has {len(config.labels)} labels"
+            f"model {source.name!r} has {report.classes} classes, but its card has {len(config.labels)} labels; "
+            "write one label for each class, in order of class index, or none"
         )
     if config.default_layer and config.default_layer not in report.layouts:
         known = ", ".join(list(report.layouts)[:12])

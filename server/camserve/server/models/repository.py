@@ -11,9 +11,12 @@ from camserve.server.engine.passes import PassModel
 from camserve.server.engine.program import Program
 from camserve.server.errors import NotFound, Reason, Unavailable
 from camserve.server.models.card import ModelCard
-from camserve.server.models.sources import ModelSource
+from camserve.server.models.sources import ModelSource, version_order
 
 __all__ = ["ModelState", "Repository", "ServedModel", "Slot"]
+
+# A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
+_COMPARED_CHARACTERS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +52,22 @@ class Slot:
 
 
 class Repository:
-    """Looks models up by name and version."""
+    """Looks models up by name and version.
+
+    Raises:
+        ValueError: two sources have the same name and version.
+    """
 
     def __init__(self, sources: Sequence[ModelSource]) -> None:
-        self._slots = {
-            (source.name, source.version): Slot(name=source.name, version=source.version) for source in sources
-        }
+        self._slots: dict[tuple[str, str], Slot] = {}
+        for source in sources:
+            slot = Slot(name=source.name, version=source.version)
+            if self._slots.setdefault((source.name, source.version), slot) is not slot:
+                raise ValueError(f"model {source.name!r} version {source.version} is given twice; name one differently")
 
     def slots(self) -> list[Slot]:
-        """All slots by name, then version."""
-        return [self._slots[key] for key in sorted(self._slots)]
+        """All slots by name, then version, the newest last."""
+        return sorted(self._slots.values(), key=lambda slot: (slot.name, version_order(slot.version)))
 
     def set_ready(self, served: ServedModel) -> None:
         """A model answers from now on."""
@@ -80,7 +89,7 @@ class Repository:
         versions = [slot for slot in self.slots() if slot.name == name]
         if not versions:
             names = sorted({slot.name for slot in self.slots()})
-            near = difflib.get_close_matches(name, names, n=1)
+            near = difflib.get_close_matches(name[:_COMPARED_CHARACTERS], names, n=1)
             hint = f"; did you mean {near[0]!r}? Known models:" if near else "; known models:"
             raise NotFound(
                 Reason.MODEL_NOT_FOUND,

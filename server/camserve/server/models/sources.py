@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, read_config
+from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, read_config, read_labels
 
-__all__ = ["ModelSource", "demo_sources", "from_flag", "scan_repository"]
+__all__ = ["ModelSource", "demo_sources", "from_flag", "scan_repository", "version_order"]
 
 # In order of preference when a version folder holds several.
 _FILES = ("model.pt2", "model.pt", "weights.safetensors", "weights.pth")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RENAME = "; another name can be put before it: --model name=…"
 _FACTORY_PREFIXES = ("torchvision:", "timm:")
 
 
@@ -49,7 +50,10 @@ def scan_repository(root: Path) -> Iterator[ModelSource]:
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         card = folder / "model.toml"
         config = read_config(card) if card.is_file() else ModelConfig()
-        versions = sorted(filter(None, (_version(folder.name, path, config) for path in folder.iterdir())), key=_order)
+        versions = sorted(
+            filter(None, (_version(folder.name, path, config) for path in folder.iterdir())),
+            key=lambda source: version_order(source.version),
+        )
         if not versions:
             raise ValueError(f"{folder} holds no version: expected {folder}/1/ with one of {', '.join(_FILES)}")
         found = True
@@ -69,8 +73,9 @@ def _version(name: str, folder: Path, config: ModelConfig) -> ModelSource | None
     return ModelSource(name=_checked(name), version=folder.name, path=path, config=config)
 
 
-def _order(source: ModelSource) -> tuple[int, str]:
-    return (int(source.version), "") if source.version.isdigit() else (-1, source.version)
+def version_order(version: str) -> tuple[int, str]:
+    """Sorts versions: numbers by value, after all names."""
+    return (int(version), version) if version.isdecimal() else (-1, version)
 
 
 def from_flag(
@@ -85,24 +90,25 @@ def from_flag(
         random_seed: for factories: random weights instead of pretrained ones.
 
     Raises:
-        ValueError: not a name, or no such file.
+        ValueError: not a name, no such file, or labels that cannot be read.
     """
     name, equals, target = text.partition("=")
     if not equals:
         name, target = "", text
     config = ModelConfig(
-        input=InputConfig(size=(size or 224, size or 224)),
-        labels=tuple(labels.read_text(encoding="utf-8").split("\n")[:-1]) if labels else (),
+        input=InputConfig() if size is None else InputConfig(size=(size, size)),
+        labels=() if labels is None else read_labels(labels),
     )
     if target.startswith(_FACTORY_PREFIXES):
         factory = FactoryConfig(name=target, pretrained=random_seed is None, random_seed=random_seed)
-        preset = {} if size else {"resize": "crop", "resize_size": 256}
+        preset = {} if size is not None else {"resize": "crop", "resize_size": 256}
         config = config.model_copy(update={"factory": factory, "input": config.input.model_copy(update=preset)})
-        return ModelSource(name=_checked(name or target.partition(":")[2]), version="1", path=None, config=config)
+        name = name if equals else target.partition(":")[2]
+        return ModelSource(name=_checked(name, _RENAME), version="1", path=None, config=config)
     path = Path(target)
     if not path.is_file():
         raise ValueError(f"model file {target} does not exist; write name=path/to/model.pt or torchvision:resnet50")
-    return ModelSource(name=_checked(name or path.stem), version="1", path=path, config=config)
+    return ModelSource(name=_checked(name if equals else path.stem, _RENAME), version="1", path=path, config=config)
 
 
 def demo_sources() -> list[ModelSource]:
@@ -110,7 +116,7 @@ def demo_sources() -> list[ModelSource]:
     return list(scan_repository(Path(__file__).parents[1] / "demo" / "models"))
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, advice: str = "") -> str:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is not a model name; use letters, digits, '.', '_' and '-', at most 64")
+        raise ValueError(f"{name!r} is not a model name; use letters, digits, '.', '_' and '-', at most 64{advice}")
     return name

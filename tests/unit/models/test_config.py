@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from camserve.server.models.config import ModelConfig, read_config, read_labels
+
+
+@pytest.fixture
+def card(tmp_path):
+    """Writes a model.toml and gives its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "model.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_an_empty_card_suits_a_torchvision_classifier(card):
+    """Every field has a default: 224 pixels, RGB, ImageNet's mean and standard deviation."""
+    config = read_config(card(""))
+
+    assert ModelConfig() == config
+    recipe = config.recipe()
+    assert (3, 224, 224) == recipe.shape
+    assert ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) == (recipe.mean, recipe.std)
+
+
+def test_a_full_card_is_read(card):
+    """What is written arrives where it belongs."""
+    config = read_config(
+        card("""
+            labels = ["good", "bad"]
+            default_layer = "layer4"
+            max_batch = 8
+            precision = "float64"
+            [input]
+            size = [120, 160]
+            resize = "letterbox"
+            channels = "bgr"
+            pad_value = 114
+            mean = [0.5]
+            std = [0.25]
+            [output]
+            path = "logits"
+        """)
+    )
+    recipe = config.recipe()
+
+    assert (("good", "bad"), "layer4", 8, "logits") == (
+        config.labels,
+        config.default_layer,
+        config.max_batch,
+        config.output.path,
+    )
+    assert ((3, 120, 160), "letterbox", "bgr", 114, "float64") == (
+        recipe.shape,
+        recipe.resize,
+        recipe.channels,
+        recipe.pad_value,
+        recipe.dtype,
+    )
+    assert ((0.5,), (0.25,)) == (recipe.mean, recipe.std)
+
+
+@pytest.mark.parametrize(
+    ("written", "mean", "std"),
+    [
+        ("", (0.0,), (1.0,)),
+        ("mean = [0.5]", (0.5,), (1.0,)),
+        ("std = [0.5]", (0.0,), (0.5,)),
+        ("mean = [0.5]\nstd = [0.25]", (0.5,), (0.25,)),
+    ],
+)
+def test_a_gray_model_keeps_what_its_card_says(card, written, mean, std):
+    """ImageNet's three values are no default for one channel, and neither of the two depends on the other being given."""
+    recipe = read_config(card(f'[input]\nchannels = "gray"\n{written}\n')).recipe()
+
+    assert ((1, 224, 224), mean, std) == (recipe.shape, recipe.mean, recipe.std)
+
+
+def test_a_model_that_takes_no_images_names_its_shape(card):
+    """Any rank."""
+    recipe = read_config(card('[input]\nchannels = "none"\nshape = [12, 400]\n')).recipe()
+
+    assert ((12, 400), False) == (recipe.shape, recipe.takes_images)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("labels = [", r"model\.toml: not TOML"),
+        ("lables = []", r"model\.toml: lables: Extra inputs"),
+        ("[input]\nsizes = [1, 2]", r"model\.toml: input\.sizes: Extra inputs"),
+        ("[input]\nsize = [224]", r"model\.toml: input\.size\.1: Field required"),
+        ('[input]\nresize = "zoom"', r"model\.toml: input\.resize: Input should be 'stretch'"),
+        ("[input]\nsize = [0, 224]", r"model\.toml: input: shape \(3, 0, 224\) must"),
+        ("[input]\nstd = [0.0]", r"model\.toml: input: std .* must be above 0"),
+        ("max_batch = 0", r"model\.toml: max_batch: "),
+        ('precision = "int8"', r"model\.toml: precision: "),
+        ('[output]\nkind = "detection"', r"model\.toml: output\.kind: "),
+        ("[factory]\npretrained = true", r"model\.toml: factory\.name: Field required"),
+        ('labels_file = "nowhere.txt"', r"cannot read the labels in .*nowhere\.txt"),
+        ('labels = ["a"]\nlabels_file = "labels.txt"', "labels and labels_file are both given"),
+    ],
+)
+def test_a_wrong_card_names_file_and_field(card, text, complaint):
+    """Whoever wrote it is told where to look."""
+    with pytest.raises(ValueError, match=complaint):
+        read_config(card(text))
+
+
+@pytest.mark.parametrize("text", ["cat\ndog\n", "cat\ndog", "cat\r\ndog\r\n", "\ufeffcat\ndog\n\n\n", " cat \ndog\t\n"])
+def test_labels_are_read_however_the_file_ends(card, tmp_path, text):
+    """With or without a last newline, from any system, no label is lost or changed."""
+    (tmp_path / "labels.txt").write_bytes(text.encode())
+
+    assert ("cat", "dog") == read_labels(tmp_path / "labels.txt")
+    assert ("cat", "dog") == read_config(card('labels_file = "labels.txt"')).labels
+
+
+@pytest.mark.parametrize(("text", "line"), [("cat\n\ndog\n", 2), ("\ncat\n", 1), ("", 1)])
+def test_an_empty_label_is_refused(tmp_path, text, line):
+    """Dropping the line would shift every label after it, and an empty file labels nothing."""
+    path = tmp_path / "labels.txt"
+    path.write_text(text, encoding="utf-8")
+
+    with pytest.raises(ValueError, match=rf"labels\.txt, line {line}: it is empty"):
+        read_labels(path)
