@@ -175,8 +175,8 @@ def simulate(requests: Sequence[Request], pass_seconds: float) -> list[Ran]:
                 arriving[model] = arriving.get(model, 0) + 1
         decided = plan(list(queue.values()), arriving, window_seconds=WINDOW, now=now)
         if decided.tickets:
-            for ticket in decided.tickets:
-                ran.append(Ran(decoded_at=queue.pop(ticket).enqueued_at, started_at=now, idle_since=idle_since))
+            batch = [queue.pop(ticket) for ticket in decided.tickets]
+            ran += [Ran(decoded_at=entry.enqueued_at, started_at=now, idle_since=idle_since) for entry in batch]
             now = idle_since = now + pass_seconds
             continue
         now = min(decided.ask_again_at, to_come[0][0] if to_come else math.inf)
