@@ -18,7 +18,6 @@ from typing import Any, cast
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from camserve.server.engine.eager import EagerProgram
@@ -113,6 +112,8 @@ def _builder(
 
 
 def _torchvision_builder(model: str, options: dict[str, Any], *, is_pretrained: bool) -> Callable[[], Any]:
+    import torchvision  # noqa: PLC0415 - it takes seconds to import, and servers of archives need none of it
+
     known = torchvision.models.list_models()
     if model not in known:
         raise _unknown("torchvision", model, known)

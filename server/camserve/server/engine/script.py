@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,9 +56,7 @@ def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.d
     if isinstance(source, Path) and not source.is_file():
         raise NotFound(Reason.MODEL_NOT_FOUND, f"there is no file {source}", metadata={"file": source})
     try:
-        archive = torch.jit.load(  # type: ignore[no-untyped-call]
-            str(source) if isinstance(source, Path) else source, map_location=device
-        )
+        archive = _archive(source, device)
     except (RuntimeError, ValueError) as error:
         raise Unsupported(
             Reason.MODEL_FAILED,
@@ -65,6 +64,24 @@ def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.d
             "save one with torch.jit.save",
         ) from error
     return ScriptProgram(archive, device=device, dtype=dtype)
+
+
+def _archive(source: Path | BinaryIO, device: torch.device) -> torch.jit.ScriptModule:
+    """Reads the file; an archive that calls torchvision's operators, as detectors do, needs them registered first."""
+    try:
+        return _read(source, device)
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        importlib.import_module("torchvision")  # Not always: it takes seconds, and few archives need it.
+        if not isinstance(source, Path):
+            source.seek(0)
+        return _read(source, device)
+
+
+def _read(source: Path | BinaryIO, device: torch.device) -> torch.jit.ScriptModule:
+    name = str(source) if isinstance(source, Path) else source
+    return torch.jit.load(name, map_location=device)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ScriptProgram:

@@ -174,9 +174,11 @@ def _submodule(archive: torch.jit.ScriptModule, path: str) -> Any:
     """The module at a path; None if an object of a script class is on the way."""
     module = archive._c
     for name in path.split(".") if path else ():
-        module = module.getattr(name)
-        if not isinstance(module, torch._C.ScriptModule):
+        children = torch._C.ModuleDict(module)
+        # Asked first: reading an object of a script class fails where its Python class was never imported.
+        if not children.contains(name):
             return None
+        module = module.getattr(name)
     return module
 
 
@@ -340,7 +342,7 @@ def attribute_tensors(graph: Graph, archive: torch.jit.ScriptModule) -> dict[str
     for node in graph.findAllNodes("prim::GetAttr"):
         path = _module_path(graph, node.inputsAt(0))
         module = None if path is None else _submodule(archive, path)
-        if module is None:
+        if module is None or node.output().type().kind() not in {"TensorType", "OptionalType"}:
             continue
         value = module.getattr(node.s("name"))
         if isinstance(value, Tensor):
