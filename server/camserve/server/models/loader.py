@@ -6,6 +6,7 @@ rather than at the first request.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 
@@ -20,6 +21,7 @@ from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
 from camserve.server.jobs import Spec
 from camserve.server.models.card import LayerCard, MethodCard, ModelCard
+from camserve.server.models.presets import with_published_preset
 from camserve.server.models.repository import ServedModel
 from camserve.server.models.sources import ModelSource
 
@@ -43,7 +45,8 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         CamserveError: the program does not run, or nothing in it can be explained.
     """
     started = time.perf_counter()
-    config = source.config
+    config = with_published_preset(source.config)
+    source = dataclasses.replace(source, config=config)
     program = _program(source, device)
     recipe = config.recipe()
     generator = torch.Generator().manual_seed(_PROBE_SEED)

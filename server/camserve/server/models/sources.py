@@ -101,8 +101,7 @@ def from_flag(
     )
     if target.startswith(_FACTORY_PREFIXES):
         factory = FactoryConfig(name=target, pretrained=random_seed is None, random_seed=random_seed)
-        preset = {} if size is not None else {"resize": "crop", "resize_size": 256}
-        config = config.model_copy(update={"factory": factory, "input": config.input.model_copy(update=preset)})
+        config = config.model_copy(update={"factory": factory})
         name = name if equals else target.partition(":")[2]
         return ModelSource(name=_checked(name, _RENAME), version="1", path=None, config=config)
     path = Path(target)
