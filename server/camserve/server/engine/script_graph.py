@@ -174,7 +174,7 @@ def _submodule(archive: torch.jit.ScriptModule, path: str) -> Any:
     """The module at a path; None if an object of a script class is on the way."""
     module = archive._c
     for name in path.split(".") if path else ():
-        children = torch._C.ModuleDict(module)
+        children: Any = torch._C.ModuleDict(module)  # The stubs know only a part of it.
         # Asked first: reading an object of a script class fails where its Python class was never imported.
         if not children.contains(name):
             return None
