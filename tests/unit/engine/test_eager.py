@@ -414,3 +414,52 @@ def test_a_cut_follows_its_crossing_not_the_last_input() -> None:
 
     assert torch.equal(program.run(one), cut.tail(*first))
     assert torch.equal(program.run(two), cut.tail(*second))
+
+
+def test_an_in_place_layer_whose_result_is_thrown_away_is_tapped() -> None:
+    """The caller reads on from the tensor it passed in, so that is where the tapped value must be, also at a later tap."""
+
+    class Discarding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.relu(x)
+            return x * 2
+
+    module = Net(Discarding()).eval()
+    inputs = images()
+    relu = module.conv(inputs).relu().detach().requires_grad_()
+    scores = module.head((relu * 2).mean((2, 3)))
+    (gradient,) = torch.autograd.grad(scores.sum(), relu)
+
+    for names in (("middle.relu",), ("conv", "middle.relu")):
+        taken, activations, gradients = capture(EagerProgram(module, device=CPU), inputs, *names)
+
+        assert torch.equal(scores, taken.outputs)
+        assert torch.equal(relu, activations[-1])
+        assert torch.equal(gradient, gradients[-1])
+
+
+def test_a_tap_never_writes_to_the_models_own_memory() -> None:
+    """An identity may be given a parameter; the tapped copy goes elsewhere."""
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 4, 1, 1))
+            self.identity = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.identity(self.token)
+
+    module = Net(Token())
+    program = EagerProgram(module, device=CPU)
+
+    _, (a,), (g,) = capture(program, images(), "middle.identity")
+
+    assert torch.equal(module.middle.token, a)
+    assert g.any()
+    assert module.middle.token.is_leaf
+    assert not module.middle.token.requires_grad
