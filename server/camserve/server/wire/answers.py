@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf import any_pb2, duration_pb2
@@ -28,14 +29,34 @@ _FLAGS: Mapping[jobs.MapFlag, Any] = words.inverse(words.FLAGS)
 _KINDS: Mapping[str, Any] = words.inverse(words.KINDS)
 _LAYOUTS: Mapping[str, Any] = words.inverse(words.LAYOUTS)
 
-_CODES: tuple[tuple[type[errors.CamserveError], Any], ...] = (
-    (errors.InvalidRequest, code_pb2.INVALID_ARGUMENT),
-    (errors.NotFound, code_pb2.NOT_FOUND),
-    (errors.Overloaded, code_pb2.RESOURCE_EXHAUSTED),
-    (errors.Unavailable, code_pb2.UNAVAILABLE),
-    (errors.DeadlineExceeded, code_pb2.DEADLINE_EXCEEDED),
+# By reason rather than by class: errors.proto promises a status for each reason, whichever room raises it.
+_CODES: Mapping[errors.Reason, Any] = MappingProxyType(
+    {
+        errors.Reason.FIELD_INVALID: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.IMAGE_UNDECODABLE: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.IMAGE_TOO_LARGE: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.TENSOR_MISMATCH: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.INPUT_NOT_FINITE: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.TOO_MANY_SPECS: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.MODEL_NOT_FOUND: code_pb2.NOT_FOUND,
+        errors.Reason.VERSION_NOT_FOUND: code_pb2.NOT_FOUND,
+        errors.Reason.LAYER_NOT_FOUND: code_pb2.NOT_FOUND,
+        errors.Reason.LABEL_NOT_FOUND: code_pb2.NOT_FOUND,
+        errors.Reason.LAYER_UNUSABLE: code_pb2.FAILED_PRECONDITION,
+        errors.Reason.CLASS_OUT_OF_RANGE: code_pb2.INVALID_ARGUMENT,
+        errors.Reason.METHOD_NOT_IMPLEMENTED: code_pb2.UNIMPLEMENTED,
+        errors.Reason.FEATURE_NOT_IMPLEMENTED: code_pb2.UNIMPLEMENTED,
+        errors.Reason.METHOD_UNSUPPORTED_BY_MODEL: code_pb2.FAILED_PRECONDITION,
+        errors.Reason.TARGET_NOT_DIFFERENTIABLE: code_pb2.FAILED_PRECONDITION,
+        errors.Reason.QUEUE_FULL: code_pb2.RESOURCE_EXHAUSTED,
+        errors.Reason.DRAINING: code_pb2.UNAVAILABLE,
+        errors.Reason.MODEL_NOT_READY: code_pb2.UNAVAILABLE,
+        errors.Reason.DEADLINE_EXCEEDED: code_pb2.DEADLINE_EXCEEDED,
+        errors.Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED,
+        errors.Reason.MODEL_FAILED: code_pb2.INTERNAL,
+        errors.Reason.INTERNAL: code_pb2.INTERNAL,
+    }
 )
-_UNIMPLEMENTED = {errors.Reason.METHOD_NOT_IMPLEMENTED, errors.Reason.FEATURE_NOT_IMPLEMENTED}
 
 
 def response(event: jobs.Event, card: ModelCard) -> service_pb2.ExplainResponse:
@@ -56,7 +77,8 @@ def status_of(error: errors.CamserveError) -> status_pb2.Status:
     """A google.rpc.Status with exactly one ErrorInfo, and BadRequest, RetryInfo or ResourceInfo where they help."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=dict(error.metadata))
     details: list[object] = [info]
-    if isinstance(error, errors.InvalidRequest) and error.field:
+    code = _CODES[error.reason]
+    if code == code_pb2.INVALID_ARGUMENT and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     elif error.field:
@@ -64,7 +86,7 @@ def status_of(error: errors.CamserveError) -> status_pb2.Status:
         info.metadata["field"] = error.field
     if error.retry_after_seconds is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_seconds)))
-    if isinstance(error, errors.NotFound):
+    if code == code_pb2.NOT_FOUND:
         kind = error.reason.removesuffix("_NOT_FOUND").lower()
         name = error.metadata.get(kind, "")
         details.append(
@@ -72,20 +94,12 @@ def status_of(error: errors.CamserveError) -> status_pb2.Status:
                 resource_type=f"camserve.v1.{kind}", resource_name=name, description=error.message
             )
         )
-    status = status_pb2.Status(code=_code(error), message=error.message)
+    status = status_pb2.Status(code=code, message=error.message)
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)  # type: ignore[arg-type]  # every entry above is a message
         status.details.append(packed)
     return status
-
-
-def _code(error: errors.CamserveError) -> Any:
-    if isinstance(error, errors.Unsupported):
-        return code_pb2.UNIMPLEMENTED if error.reason in _UNIMPLEMENTED else code_pb2.FAILED_PRECONDITION
-    if error.reason is errors.Reason.OUT_OF_MEMORY:
-        return code_pb2.RESOURCE_EXHAUSTED
-    return next((code for kind, code in _CODES if isinstance(error, kind)), code_pb2.INTERNAL)
 
 
 def card_message(card: ModelCard) -> model_service_pb2.ModelCard:

@@ -164,8 +164,17 @@ def _target(target: spec_pb2.Target, card: ModelCard, field: str) -> jobs.Target
 
 
 def _label_index(label: str, card: ModelCard, field: str) -> int:
-    if label in card.labels:
-        return card.labels.index(label)
+    found = [index for index, known in enumerate(card.labels) if known == label]
+    if len(found) > 1:
+        indices = ", ".join(map(str, found))
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"label {label!r} names several classes of model {card.name!r}: {indices}; use class_index",
+            field=field,
+            metadata={"label": label, "model": card.name, "classIndices": indices},
+        )
+    if found:
+        return found[0]
     if not card.labels:
         said = "its card has no labels; use class_index"
     else:
