@@ -463,3 +463,27 @@ def test_a_tap_never_writes_to_the_models_own_memory() -> None:
     assert g.any()
     assert module.middle.token.is_leaf
     assert not module.middle.token.requires_grad
+
+
+def test_an_identity_over_one_of_several_views_is_tapped() -> None:
+    """As a normalisation that is switched off, given the query of q, k, v: autograd lets nobody write to such a view."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.identity = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key = torch.stack([x, x.sin()]).unbind(0)
+            return self.identity(query) * key
+
+    module = Net(Attention())
+    program = EagerProgram(module, device=CPU)
+    inputs = images()
+    expected = program.run(inputs)
+
+    taken, (conv, query), (_, g) = capture(program, inputs, "conv", "middle.identity")
+
+    assert torch.equal(expected, taken.outputs)
+    assert torch.equal(conv, query)
+    assert torch.equal(torch.autograd.grad(module.head((query * conv.sin()).mean((2, 3))).sum(), query)[0], g)
