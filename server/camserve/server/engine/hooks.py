@@ -149,8 +149,12 @@ def handed_on(kept: Tensor, value: Tensor, arguments: Any, owned: Collection[int
     has_overlap = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
     if not is_argument or has_overlap or value.untyped_storage().data_ptr() in owned:
         return kept.clone()
-    with grad_mode._unsafe_preserve_version_counter(value):  # noqa: SLF001 - There is no public name for it.
-        return value.copy_(kept)
+    try:
+        with grad_mode._unsafe_preserve_version_counter(value):  # noqa: SLF001 - There is no public name for it.
+            return value.copy_(kept)
+    except RuntimeError:
+        # One of several views, such as the query of q, k, v = x.unbind(0): autograd lets nobody write to those.
+        return kept.clone()
 
 
 def addresses_of(module: nn.Module) -> frozenset[int]:
