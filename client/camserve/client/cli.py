@@ -50,6 +50,15 @@ class CommandGroup(click.Group):
             raise click.ClickException(f"the entry point of 'camserve {cmd_name}' is no click command")
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs a command; the server's import what is heavy only when they run, and may then find it missing."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if ctx.invoked_subcommand in _entry_points():
+                raise _needs_more(ctx.invoked_subcommand, error) from error
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands without importing any."""
         rows = []
@@ -65,13 +74,17 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry_point.name: entry_point for entry_point in importlib.metadata.entry_points(group=_GROUP)}
 
 
+def _needs_more(name: str, error: ImportError) -> click.ClickException:
+    return click.ClickException(
+        f"'camserve {name}' needs more than the client: pip install 'camserve[server]' ({error})"
+    )
+
+
 def _missing(name: str, error: ImportError) -> click.Command:
     """Returns a stand-in for a command whose package is not installed: whatever its arguments, it says what to install."""
 
     def refuse(arguments: tuple[str, ...]) -> None:  # noqa: ARG001  # Only swallowed, so that click does not complain first.
-        raise click.ClickException(
-            f"'camserve {name}' needs more than the client: pip install 'camserve[server]' ({error})"
-        )
+        raise _needs_more(name, error)
 
     return click.Command(
         name,
