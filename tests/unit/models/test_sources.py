@@ -107,14 +107,13 @@ def test_size_and_labels_go_to_the_card(tmp_path):
 
 
 def test_a_factory_is_pretrained_unless_random_weights_are_asked_for():
-    """Torchvision's own preset: shorter side to 256, centre crop of 224."""
+    """How its input is made is told by the weights when they are loaded, unless a size is given."""
     source = from_flag("torchvision:resnet50")
     random = from_flag("net=torchvision:resnet50", random_seed=0, size=64)
 
     assert ("resnet50", None, True) == (source.name, source.path, source.config.factory.pretrained)
-    assert ("crop", 256) == (source.config.recipe().resize, source.config.recipe().resize_size)
     assert ("net", False, 0) == (random.name, random.config.factory.pretrained, random.config.factory.random_seed)
-    assert ("stretch", (3, 64, 64)) == (random.config.recipe().resize, random.config.recipe().shape)
+    assert (3, 64, 64) == random.config.recipe().shape
 
 
 @pytest.mark.parametrize(
