@@ -6,6 +6,7 @@ hooks on `ExportedProgram.module()` never fire; outputs, activations and gradien
 
 from __future__ import annotations
 
+import importlib
 import re
 import zipfile
 from pathlib import Path
@@ -76,6 +77,7 @@ def load_export(
     if isinstance(source, Path) and not source.is_file():
         raise NotFound(Reason.MODEL_NOT_FOUND, f"there is no file {source}", metadata={"file": source})
     try:
+        _register_operators(source)
         exported = torch.export.load(source)
     except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise Unsupported(
@@ -84,3 +86,13 @@ def load_export(
             metadata={"file": source},
         ) from error
     return ExportProgram(exported, device=device, dtype=dtype)
+
+
+def _register_operators(source: Path | BinaryIO) -> None:
+    """Imports torchvision if the archive calls its operators: not always, since that takes seconds and few archives need it."""
+    with zipfile.ZipFile(source) as archive:
+        graphs = [name for name in archive.namelist() if name.endswith(".json")]
+        if any(b"torch.ops.torchvision." in archive.read(name) for name in graphs):
+            importlib.import_module("torchvision")
+    if not isinstance(source, Path):
+        source.seek(0)

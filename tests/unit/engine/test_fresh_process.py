@@ -65,3 +65,32 @@ def test_archive_with_foreign_operators_and_classes(tmp_path):
     )
 
     assert "(1, 4, 8, 8) ['body.bias', 'body.weight']\n" == done.stdout, done.stderr
+
+
+class Pooled(nn.Module):
+    """A convolution and torchvision's RoI alignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b 3 h w) to (b 4)."""
+        return self.body(x).mean((2, 3)) + 0 * torchvision.ops.roi_align(x, torch.zeros(1, 5), 2).sum()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_with_foreign_operators(tmp_path):
+    """The same for an exported program."""
+    path = tmp_path / "pooled.pt2"
+    torch.export.save(torch.export.export(Pooled().eval(), (torch.ones(1, 3, 8, 8),)), path)
+
+    done = subprocess.run(  # noqa: S603 - our own text
+        [sys.executable, "-c", LOAD.replace("script", "export"), str(path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert "(1, 4, 8, 8) ['body.bias', 'body.weight']\n" == done.stdout, done.stderr
