@@ -6,13 +6,11 @@ import asyncio
 
 import numpy as np
 import pytest
-from support.gated import GATE
-from support.servers import Metrics, settings
+from support.gated import GATE, gated_source
+from support.servers import Metrics, settings, until
 
 from camserve.client import AsyncClient, Client, DeadlineExceeded, Heatmap, Prediction, Spec, Summary, TensorInput, TopK
 from camserve.server.background import BackgroundServer
-from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig
-from camserve.server.models.sources import ModelSource
 
 ROW = TensorInput(np.ones((3, 32, 32), np.float32))
 
@@ -21,10 +19,7 @@ ROW = TensorInput(np.ones((3, 32, 32), np.float32))
 def gated_server():
     """A server of the gated model; the gate stands open while it loads."""
     GATE.opened.set()
-    factory = FactoryConfig(name="support.gated:make", allowed_imports=("support.gated",), random_seed=0)
-    config = ModelConfig(factory=factory, input=InputConfig(size=(32, 32)), default_layer="body")
-    source = ModelSource(name="gated", version="1", path=None, config=config)
-    with BackgroundServer(settings(max_batch_rows=2, batch_window_seconds=0), [source]) as server:
+    with BackgroundServer(settings(max_batch_rows=2, batch_window_seconds=0), [gated_source()]) as server:
         yield server
         GATE.opened.set()
 
@@ -105,10 +100,3 @@ def test_cancelled_while_on_the_device_stops_before_the_next_gradient(gated_serv
         client.explain(ROW, model="gated")  # Runs after the abandoned pass: the device thread is free again.
 
     assert 1 == gate.rows_backward
-
-
-async def until(is_so, timeout_seconds: float = 30) -> None:
-    """Reads the metrics page until it shows what is waited for: the page has no events to await."""
-    async with asyncio.timeout(timeout_seconds):
-        while not await asyncio.to_thread(is_so):  # noqa: ASYNC110 - another process's page can only be read again
-            await asyncio.sleep(0.01)

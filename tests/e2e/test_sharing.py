@@ -9,8 +9,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from support.gated import GATE, gated_source
 from support.nets import TinyNet
-from support.servers import Metrics, script_source, settings
+from support.servers import Metrics, script_source, settings, until
 
 from camserve.client import AsyncClient, Client, Spec, TensorInput, TopK
 from camserve.server.background import BackgroundServer
@@ -25,10 +26,11 @@ MAX_BATCH = 16
 def server(tmp_path_factory):
     """Two models, float32, and a third in float64; a window long enough that whatever is being decoded shares the pass."""
     folder = tmp_path_factory.mktemp("models")
+    GATE.opened.set()
     tiny = script_source("tiny", TinyNet(), folder)
     double = script_source("double", TinyNet(), folder, precision="float64")
     config = settings(batch_window_seconds=0.2, max_batch_rows=MAX_BATCH)
-    with BackgroundServer(config, [*demo_sources(), tiny, double]) as running:
+    with BackgroundServer(config, [*demo_sources(), tiny, double, gated_source()]) as running:
         yield running
 
 
@@ -64,17 +66,33 @@ def explain_together(target: str, asked: list[tuple[str, TensorInput, list[Spec]
 
 
 def test_64_mixed_requests_need_few_passes(server):
-    """64 requests over two models need at most models x ceil(rows / max batch) + 2 passes, read from the metrics page."""
+    """64 requests over two models need at most models x ceil(rows / max batch) + 2 passes, read from the metrics page.
+
+    The device is held until all of them wait, so that the count does not depend on how fast this machine sends.
+    """
     metrics = Metrics(server)
-    before = metrics.value("camserve_batch_rows_count")
     surface = mixed_requests(32, "surface", 160, ("layer2", "layer4"))
     tiny = mixed_requests(32, "tiny", 32, ("stem", "body"))
     asked = [("surface", *request) for request in surface] + [("tiny", *request) for request in tiny]
 
-    results = explain_together(server.target, asked)
+    async def run():
+        GATE.reset()
+        async with AsyncClient(server.target) as client:
+            row = TensorInput(np.ones((3, 32, 32), np.float32))
+            holder = asyncio.create_task(client.explain(row, model="gated", specs=["grad-cam"]))
+            await asyncio.to_thread(GATE.reached.wait, 30)
+            before = metrics.value("camserve_batch_rows_count")
+            calls = [
+                asyncio.create_task(client.explain(tensor, model=model, specs=specs)) for model, tensor, specs in asked
+            ]
+            await until(lambda: metrics.value("camserve_queue_depth") == 64)
+            GATE.opened.set()
+            await holder
+            return await asyncio.gather(*calls), metrics.value("camserve_batch_rows_count") - before
+
+    results, passes = asyncio.run(run())
 
     assert not [error for result in results for error in result.errors]
-    passes = metrics.value("camserve_batch_rows_count") - before
     assert passes <= 2 * -(-32 // MAX_BATCH) + 2
     assert any(result.summary.pass_explanations > 8 for result in results)
 

@@ -12,6 +12,9 @@ import torch
 from support.nets import TinyNet
 from torch import Tensor, nn
 
+from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig
+from camserve.server.models.sources import ModelSource
+
 
 class Gate:
     """Opened by the test; the backward waits for it."""
@@ -57,3 +60,10 @@ class GatedNet(TinyNet):
 def make() -> nn.Module:
     """The factory."""
     return GatedNet()
+
+
+def gated_source() -> ModelSource:
+    """The model `gated`; open the gate while it loads."""
+    factory = FactoryConfig(name="support.gated:make", allowed_imports=("support.gated",), random_seed=0)
+    config = ModelConfig(factory=factory, input=InputConfig(size=(32, 32)), default_layer="body")
+    return ModelSource(name="gated", version="1", path=None, config=config)

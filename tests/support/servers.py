@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,3 +57,10 @@ class Metrics:
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
+
+
+async def until(is_so: Callable[[], bool], timeout_seconds: float = 30) -> None:
+    """Reads the metrics page until it shows what is waited for: the page has no events to await."""
+    async with asyncio.timeout(timeout_seconds):
+        while not await asyncio.to_thread(is_so):  # noqa: ASYNC110 - another process's page can only be read again
+            await asyncio.sleep(0.01)
