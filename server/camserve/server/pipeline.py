@@ -55,10 +55,9 @@ class Pipeline:
             CamserveError: the request as a whole cannot be answered.
         """
         clock = _Clock(job, self._metrics)
-        with _at_input(job):
-            pixels = measure(job.payload, self._decode_limits)
-        with self._door.enter(_held_bytes(job, model, pixels)):
-            with _at_input(job), clock.stage("decode"), self._queue.announced(model):
+        # An InvalidRequest from here on is about the input: what else may be wrong with a request was looked at before.
+        with _at_input(job), self._door.enter(_held_bytes(job, model, measure(job.payload, self._decode_limits))):
+            with clock.stage("decode"), self._queue.announced(model):
                 sample = await clock.within(self._in_worker(self._decode(job, model)))
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
             reply = Reply()
