@@ -9,7 +9,7 @@ from support.cards import card, job
 
 from camserve.server.jobs import Sample
 from camserve.server.models.repository import ServedModel
-from camserve.server.queue import DeviceQueue, Entry
+from camserve.server.queue import PATIENCE_SECONDS, DeviceQueue, Entry
 from camserve.server.replies import Reply
 
 
@@ -62,6 +62,17 @@ async def test_the_earliest_deadline_goes_first(queue):
 
     assert [urgent] == list(await queue.next_batch())
     assert [patient] == list(await queue.next_batch())
+
+
+async def test_patience_ends(queue):
+    """A request without a deadline is overtaken by those with less time than our patience, not by those with more."""
+    model = served(max_batch_rows=1)
+    now = asyncio.get_running_loop().time()
+    patient = put(queue, model)
+    later = put(queue, model, deadline=now + PATIENCE_SECONDS + 60)
+    sooner = put(queue, model, deadline=now + PATIENCE_SECONDS / 2)
+
+    assert [sooner, patient, later] == [entry for _ in range(3) for entry in await queue.next_batch()]
 
 
 async def test_a_batch_waits_for_one_that_is_being_decoded(queue):

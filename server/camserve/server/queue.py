@@ -15,7 +15,10 @@ from camserve.server.jobs import Job, Sample
 from camserve.server.models.repository import ServedModel
 from camserve.server.replies import Reply
 
-__all__ = ["DeviceQueue", "Entry"]
+__all__ = ["PATIENCE_SECONDS", "DeviceQueue", "Entry"]
+
+PATIENCE_SECONDS = 30.0
+"""A request is planned as if it had to be answered within this time, however much later its deadline is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,8 @@ class DeviceQueue:
             ),
             max_rows=model.card.max_batch_rows,
             enqueued_at=now,
-            deadline=math.inf if job.deadline is None else job.deadline,
+            # Who names no deadline, or a far one, must not be overtaken for ever by those who hurry.
+            deadline=min(math.inf if job.deadline is None else job.deadline, now + PATIENCE_SECONDS),
         )
         entry = self._entries[ticket] = Entry(job=job, model=model, sample=sample, reply=reply, waiting=waiting)
         self._changed.set()
