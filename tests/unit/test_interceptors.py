@@ -48,7 +48,7 @@ class Service:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)])
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, write_seconds=60)])
 
     async def start(self, unary: Handler, stream: Handler) -> grpc.aio.Channel:
         """Serves and connects. Logs as JSON; configured here because pytest captures a test apart from its fixtures."""

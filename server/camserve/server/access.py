@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import math
 import time
 
 import structlog
@@ -25,6 +26,7 @@ class AccessRecord:
         peer: address of the caller.
         started_at: monotonic seconds.
         request_id: the caller's or ours; empty until the request was read.
+        deadline: monotonic seconds after which nobody waits for the call, infinity if unknown.
         model: name of the model, only once it is known to exist, so that label values stay bounded.
         version: likewise.
         specs: number of explanations asked for.
@@ -38,6 +40,7 @@ class AccessRecord:
     peer: str
     started_at: float = dataclasses.field(default_factory=time.monotonic)
     request_id: str = ""
+    deadline: float = math.inf
     model: str = ""
     version: str = ""
     specs: int = 0

@@ -70,6 +70,8 @@ class App:
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
+        self._is_loading = False
+        self.broken = asyncio.Event()
 
     async def start(self) -> None:
         """Opens the ports. Explain answers UNAVAILABLE until `load` has loaded the model it names."""
@@ -91,11 +93,15 @@ class App:
         )
         limits = RequestLimits(max_specs=settings.max_specs, max_maps=settings.max_maps)
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics)],
+            interceptors=[CallInterceptor(metrics, write_seconds=settings.write_seconds)],
             options=[
                 ("grpc.max_receive_message_length", settings.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
+                # A peer that vanished without a word is found out, and a client that asks the same of us is not thrown out.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ],
         )
         explanation_service_pb2_grpc.add_ExplanationServiceServicer_to_server(
@@ -113,10 +119,11 @@ class App:
         await server.start()
         self._server = server
         self._dispatching = asyncio.create_task(dispatch(queue, self._runner), name="camserve-dispatch")
-        self._dispatching.add_done_callback(_log_if_failed)
+        self._dispatching.add_done_callback(self._when_dispatch_ends)
 
     async def load(self) -> None:
         """Loads every model, one after another, on the device thread; a model that fails leaves the others alone."""
+        self._is_loading = True
         for source in self._sources:
             if self._is_draining:
                 return
@@ -144,16 +151,20 @@ class App:
                 default_layer=card.default_layer,
                 seconds=round(card.warm_up_seconds, 3),
             )
+        self._is_loading = False
         await self._health.set_server(is_serving=True)
 
-    async def drain(self) -> None:
+    async def drain(self) -> bool:
         """Shuts down so that nobody who was let in is lost; a second call does nothing.
 
         Not ready first, then a pause in which balancers notice, then the door closes, accepted requests finish within
-        `drain_seconds`, and the rest is cancelled.
+        `drain_seconds`, and the rest is cancelled. A model that is still loading is not waited for.
+
+        Returns:
+            Whether everything ended; if not, the device thread is still busy and only ending the process will stop it.
         """
         if self._is_draining:
-            return
+            return True
         self._is_draining = True
         self.metrics.draining.set(1)
         _log.info("draining", requests=self._door.inside)
@@ -167,12 +178,14 @@ class App:
         self._dispatching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._dispatching
-        await asyncio.get_running_loop().run_in_executor(None, self._runner.close)
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        is_idle = await self._runner.close(0 if self._is_loading else self.settings.drain_seconds)
+        self._workers.shutdown(wait=is_idle, cancel_futures=True)
         await self._closing.aclose()
-        _log.info("stopped")
+        _log.info("stopped", device_is_idle=is_idle)
+        return is_idle
 
-
-def _log_if_failed(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        _log.error("dispatch stopped: this is a bug", exc_info=task.exception())
+    def _when_dispatch_ends(self, task: asyncio.Task[None]) -> None:
+        """Without the dispatcher no request is answered: whoever runs the server must end it."""
+        if not self._is_draining:
+            _log.error("dispatch stopped: this is a bug", exc_info=None if task.cancelled() else task.exception())
+            self.broken.set()

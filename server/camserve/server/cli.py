@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ Every setting can also be given as CAMSERVE_<NAME> or in the file named by --con
 @click.option(
     "--model", "models", multiple=True, metavar="[NAME=]FILE|FACTORY", help="A model without a repository; repeatable."
 )
-@click.option("--size", type=int, help="Input height and width for --model, pixels.  [default: 224]")
+@click.option("--size", type=click.IntRange(min=1), help="Input height and width for --model, pixels.  [default: 224]")
 @click.option(
     "--labels",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -86,8 +86,9 @@ async def _serve(app: Any) -> int:
     loop = asyncio.get_running_loop()
 
     def stop(number: signal.Signals) -> None:
+        if asked_to_stop.is_set():
+            os._exit(128 + number)
         asked_to_stop.set()
-        loop.remove_signal_handler(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
@@ -97,24 +98,30 @@ async def _serve(app: Any) -> int:
         click.echo(f"Error: cannot listen: {error}", err=True)
         return 1
     loading = asyncio.create_task(app.load())
-    stopping = asyncio.create_task(asked_to_stop.wait())
-    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    ending = {asyncio.create_task(asked_to_stop.wait()), asyncio.create_task(app.broken.wait())}
+    await asyncio.wait({loading, *ending}, return_when=asyncio.FIRST_COMPLETED)
     status = 0
     if loading.done() and not asked_to_stop.is_set():
         slots = app.repository.slots()
-        if all(slot.error for slot in slots):
+        ready = [slot.name for slot in slots if slot.served is not None]
+        if ready:
+            click.echo(
+                f"camserve is ready on port {app.port} with {', '.join(ready)}; metrics on port {app.metrics_port}",
+                err=True,
+            )
+            await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        else:
             click.echo("Error: no model could be loaded: " + "; ".join(f"{s.name}: {s.error}" for s in slots), err=True)
             status = 1
-        else:
-            names = ", ".join(slot.name for slot in slots if not slot.error)
-            click.echo(
-                f"camserve is ready on port {app.port} with {names}; metrics on port {app.metrics_port}", err=True
-            )
-            await stopping
-    stopping.cancel()
-    await app.drain()
-    with contextlib.suppress(asyncio.CancelledError):
-        await loading
+    if app.broken.is_set():
+        status = 1
+    for waiting in ending:
+        waiting.cancel()
+    if not await app.drain():
+        # Python would wait for the device thread, which may hang in foreign code for as long as it likes.
+        sys.stderr.flush()
+        os._exit(status)
+    await loading
     return status
 
 

@@ -51,7 +51,10 @@ class MetricsPage:
 
     def __init__(self, metrics: Metrics, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._server, self._thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
+        try:
+            self._server, self._thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
+        except OSError as error:
+            raise OSError(f"metrics_listen {address}: {error.strerror}") from error
         self.port: int = self._server.server_port
 
     def close(self) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -18,7 +19,7 @@ import structlog
 from google.rpc import status_pb2
 
 from camserve.server.access import AccessRecord, open_record
-from camserve.server.errors import CamserveError, ExecutionFailed, Reason
+from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.wire.answers import status_of
 
@@ -35,8 +36,9 @@ _LONGEST_TEXTS = (1500, 600, 200, 60)
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
     """Records, logs and translates."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, *, write_seconds: float) -> None:
         self._metrics = metrics
+        self._write_seconds = write_seconds
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Wraps the handler of a call that has one; health and reflection are wrapped too, so that they are logged."""
@@ -52,8 +54,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             self._unary(rpc, handler.unary_unary), handler.request_deserializer, handler.response_serializer
         )
 
-    def _streaming(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+    def _streaming(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+        async def call(request: Any, context: Any) -> None:
             record = self._open(rpc, context)
             try:
                 answer = inner(request, context)
@@ -61,15 +63,31 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                     # Closed here rather than by the garbage collector: a caller who left gives its place back at once.
                     async with contextlib.aclosing(answer) as messages:
                         async for message in messages:
-                            yield message
+                            await self._write(message, record, context)
                 else:
                     await answer  # The health service's Watch writes to the context instead of yielding.
-            except (Exception, asyncio.CancelledError, GeneratorExit) as error:  # noqa: BLE001 - every error needs a status
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - every error needs a status
                 await _end(error, record, context)
             finally:
                 record.close(self._metrics)
 
         return call
+
+    async def _write(self, message: Any, record: AccessRecord, context: Any) -> None:
+        """Sends one message; written rather than yielded, so that who stops reading cannot hold a place for ever.
+
+        Raises:
+            DeadlineExceeded: flow control kept it back beyond the call's deadline, or longer than any reader may take.
+        """
+        limit = min(record.deadline, time.monotonic() + self._write_seconds)
+        try:
+            async with asyncio.timeout_at(limit):
+                await context.write(message)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                Reason.DEADLINE_EXCEEDED,
+                "the answer could not be sent in time because it was not read; read the stream as it comes",
+            ) from error
 
     def _unary(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
@@ -92,7 +110,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
 async def _end(error: BaseException, record: AccessRecord, context: Any) -> NoReturn:
     """Ends a call with the status that belongs to an error."""
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+    if isinstance(error, asyncio.CancelledError):
         record.code = "CANCELLED"
         raise error
     if isinstance(error, grpc.aio.AbortError):

@@ -40,17 +40,20 @@ class Runner:
             torch.set_num_threads(torch_threads)
 
     async def call(self, work: Callable[[], _T]) -> _T:
-        """Runs something else on the device thread, such as loading a model."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Runs something else on the device thread, such as loading a model; whatever it raises comes as an Exception."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _contained, work)
 
     async def run(self, entries: Sequence[Entry]) -> None:
         """Runs one batch; returns when every entry has its outcomes. Never raises for a row's sake."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._run, entries, loop)
 
-    def close(self) -> None:
-        """Ends the thread after the batch it is at."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+    async def close(self, timeout_seconds: float) -> bool:
+        """Ends the thread after what it is at; says whether it came to an end in time."""
+        idle = asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+        done, _ = await asyncio.wait({idle}, timeout=timeout_seconds)
+        self._thread.shutdown(wait=bool(done), cancel_futures=True)
+        return bool(done)
 
     def _run(self, entries: Sequence[Entry], loop: asyncio.AbstractEventLoop) -> None:
         started = time.perf_counter()
@@ -61,7 +64,7 @@ class Runner:
                 continue
             try:
                 self._pass(batch, loop)
-            except Exception as error:  # noqa: BLE001 - a served model is foreign code and may raise anything
+            except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
                 failure = _failure(error, batch)
                 if len(batch) == 1:
                     _log.warning(
@@ -135,7 +138,19 @@ def _forwarded(event: Forwarded, batch: list[Entry], started_at: float) -> list[
     return letters
 
 
-def _failure(error: Exception, batch: list[Entry]) -> CamserveError:
+def _contained(work: Callable[[], _T]) -> _T:
+    """Runs foreign code; what would end the process or cannot travel in a Future becomes an ordinary error."""
+    try:
+        return work()
+    except StopIteration as error:
+        raise RuntimeError(f"StopIteration: {error}") from error
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def _failure(error: BaseException, batch: list[Entry]) -> CamserveError:
     if isinstance(error, CamserveError):
         return error
     model = batch[0].job.model

@@ -6,6 +6,7 @@ Transport-neutral apart from their signatures: they use the context only for the
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ from camserve.server.access import current_record
 from camserve.server.errors import InvalidRequest, Reason, Unsupported
 from camserve.server.models.repository import ModelState, Repository
 from camserve.server.pipeline import Pipeline
-from camserve.server.validate import RequestLimits, check_job
+from camserve.server.validate import RequestLimits, check_job, check_size
 from camserve.server.wire.answers import card_message, response
 from camserve.server.wire.requests import job_from_request, request_id_of
 from camserve.v1 import (
@@ -47,6 +48,7 @@ class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceService
             raise InvalidRequest(Reason.FIELD_INVALID, "model is required; ListModels tells the names", field="model")
         model = self._repository.get(request.model, request.version)
         record.model, record.version, record.specs = model.card.name, model.card.version, len(request.specs)
+        check_size(len(request.specs), self._limits)
         remaining = context.time_remaining()
         job = job_from_request(
             request,
@@ -57,6 +59,7 @@ class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceService
             caller=context.peer(),
         )
         check_job(job, model.card, self._limits)
+        record.deadline = math.inf if job.deadline is None else job.deadline
         async with contextlib.aclosing(self._pipeline.explain(job, model)) as events:
             async for event in events:
                 if isinstance(event, jobs.Summary):

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, judged by its header before decoding.")
     max_specs: int = Field(32, ge=1, description="Most explanations in one request.")
     max_maps: int = Field(128, ge=1, description="Most maps in one request, over all its explanations.")
+    write_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="Longest that one message may wait for its reader; then the call ends and frees its place.",
+    )
     drain_delay_seconds: float = Field(
         5.0, ge=0, description="Between not ready and refusing: time for balancers to notice. 0 in tests."
     )

@@ -14,7 +14,7 @@ from camserve.server.cam.methods import METHODS
 from camserve.server.errors import InvalidRequest, NotFound, Reason, Unsupported
 from camserve.server.models.card import ModelCard
 
-__all__ = ["RequestLimits", "check_job"]
+__all__ = ["RequestLimits", "check_job", "check_size"]
 
 # A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
 _COMPARED_CHARACTERS = 128
@@ -28,19 +28,27 @@ class RequestLimits:
     max_maps: int
 
 
+def check_size(specs: int, limits: RequestLimits) -> None:
+    """Refuses a request with too many specs; asked before they are read, because reading is what they would cost.
+
+    Raises:
+        InvalidRequest: more than the limit.
+    """
+    if specs > limits.max_specs:
+        raise InvalidRequest(
+            Reason.TOO_MANY_SPECS,
+            f"{specs} specs are more than the {limits.max_specs} this server takes; send several requests",
+            field="specs",
+            metadata={"specs": specs, "limit": limits.max_specs},
+        )
+
+
 def check_job(job: jobs.Job, card: ModelCard, limits: RequestLimits) -> None:
     """Refuses a job that the model cannot carry out.
 
     Raises:
         CamserveError: with the field at fault and what would be right.
     """
-    if len(job.specs) > limits.max_specs:
-        raise InvalidRequest(
-            Reason.TOO_MANY_SPECS,
-            f"{len(job.specs)} specs are more than the {limits.max_specs} this server takes; send several requests",
-            field="specs",
-            metadata={"specs": len(job.specs), "limit": limits.max_specs},
-        )
     if not 1 <= job.top_k <= card.class_count:
         raise _out_of_range("top_k", job.top_k, 1, card.class_count, card)
     maps = 0
@@ -50,7 +58,7 @@ def check_job(job: jobs.Job, card: ModelCard, limits: RequestLimits) -> None:
         _check_profile(spec, field)
         for place, name in enumerate(spec.layers):
             _check_layer(name, spec, card, f"{field}.layers[{place}]")
-            if name in spec.layers[:place]:
+            if any(name in card.spellings(other) for other in spec.layers[:place]):
                 raise InvalidRequest(
                     Reason.FIELD_INVALID,
                     f"{field}.layers[{place}] names {name!r} again; name each layer once",

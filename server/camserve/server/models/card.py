@@ -94,6 +94,11 @@ class ModelCard:
         """The layer of that written name, or None."""
         return next((layer for layer in self.layers if name == layer.name or name in layer.spellings), None)
 
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Every name of the layer of that name: `layer2` and, where it is called once, `layer2#0`."""
+        layer = self.layer(name)
+        return (name,) if layer is None else (layer.name, *layer.spellings)
+
     def method(self, slug: str) -> MethodCard | None:
         """What the card says of a method, or None."""
         return next((method for method in self.methods if method.slug == slug), None)
