@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 import warnings
 import zlib
 
@@ -405,6 +406,21 @@ def test_tensors_that_do_not_fit_are_refused(tensor: TensorInput, recipe: InputR
 
     assert Reason.TENSOR_MISMATCH == error.reason
     assert says in error.message
+
+
+@pytest.mark.parametrize("sizes", [(2**62,) * 60_000, (1,) * 33, (2**62,) * 32])
+def test_absurd_shapes_are_refused_at_once(sizes: tuple[int, ...]) -> None:
+    """Shapes of many axes or enormous sizes cost neither a long product nor a long message."""
+    tensor = TensorInput(dtype="float32", shape=sizes, data=bytes(16))
+
+    started = time.perf_counter()
+    with pytest.raises(InvalidRequest) as refusal:
+        measure(tensor, _LIMITS)
+    error = _refusal(tensor, _TENSOR_RECIPE)
+
+    assert {Reason.TENSOR_MISMATCH} == {refusal.value.reason, error.reason}
+    assert max(len(text) for text in (refusal.value.message, error.message, error.metadata["shape"])) < 2_000
+    assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

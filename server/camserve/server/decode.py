@@ -7,7 +7,6 @@ whatever bytes a caller sends and raise nothing but `CamserveError`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 
 import numpy as np
@@ -77,8 +76,8 @@ def measure(payload: JobInput, limits: DecodeLimits) -> int:
     if isinstance(payload, RawFrame):
         check_frame(payload)
         return _within(payload.width, payload.height, limits)
-    check_tensor(payload)
-    return _within(math.prod(payload.shape[1:]), 1, limits)
+    elements = check_tensor(payload)
+    return _within(elements // (payload.shape or (1,))[0], 1, limits)
 
 
 def decode(

@@ -18,6 +18,8 @@ from camserve.server.models.recipe import InputRecipe
 __all__ = ["check_tensor", "read_tensor"]
 
 _DTYPES: Final = {"float32": "<f4", "float16": "<f2", "float64": "<f8", "uint8": "u1", "bfloat16": "<u2"}
+# No model takes as many axes. The event loop multiplies the sizes and prints them: both must stay short.
+_MAX_RANK: Final = 32
 
 
 def check_tensor(tensor: TensorInput) -> int:
@@ -31,6 +33,8 @@ def check_tensor(tensor: TensorInput) -> int:
     """
     if tensor.dtype not in _DTYPES:
         raise _mismatch(tensor, f"element type '{tensor.dtype}' is unknown; send one of {', '.join(_DTYPES)}")
+    if len(tensor.shape) > _MAX_RANK:
+        raise _mismatch(tensor, f"shape {_text(tensor.shape)} has more than {_MAX_RANK} axes")
     if any(size < 1 for size in tensor.shape):
         raise _mismatch(tensor, f"shape {_text(tensor.shape)} has a size below 1")
     elements = math.prod(tensor.shape)
@@ -92,7 +96,9 @@ def _check_finite(tensor: TensorInput, values: npt.NDArray[np.generic]) -> None:
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    return f"({', '.join(map(str, shape))})"
+    """A shape as it is printed; beyond the largest rank only its beginning, lest an error outgrow the request."""
+    shown = ", ".join(map(str, shape[:_MAX_RANK]))
+    return f"({shown})" if len(shape) <= _MAX_RANK else f"({shown}, and {len(shape) - _MAX_RANK} more)"
 
 
 def _mismatch(tensor: TensorInput, message: str) -> InvalidRequest:
