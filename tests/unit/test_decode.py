@@ -233,6 +233,37 @@ def test_directories_that_point_everywhere_at_once_are_refused(prefix: bytes) ->
     assert "claim more bytes" in error.message
 
 
+def _jpeg_of_scans(scans: int, sof: int, size: int = 64) -> bytes:
+    """A JPEG file in three components whose scans hold one component and no data each."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+    tables = segment(0xDB, b"\0" + b"\1" * 64)
+    tables += b"".join(segment(0xC4, bytes([kind, 1]) + bytes(16)) for kind in (0x00, 0x10))
+    frame = segment(sof, struct.pack(">BHHB", 8, size, size, 3) + b"\1\x11\0\2\x11\0\3\x11\0")
+    body = b"".join(segment(0xDA, bytes([1, 1 + index % 3, 0, 0, 63, 0])) + b"\0" for index in range(scans))
+    return b"\xff\xd8" + tables + frame + body + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(
+    ("sof", "most"),
+    [(0xC0, 8), (0xC1, 8), (0xC9, 8), (0xC2, 64)],
+    ids=["baseline", "extended", "arithmetic", "progressive"],
+)
+def test_jpeg_files_of_too_many_scans_are_refused(sof: int, most: int) -> None:
+    """Each scan is a pass over the whole picture, in sequential files as well, however few bytes it has."""
+    expected = f"{most + 1} scans; at most {most} are taken"
+
+    assert expected in _refusal(EncodedImage(data=_jpeg_of_scans(most + 1, sof))).message
+    assert 64 * 64 == measure(EncodedImage(data=_jpeg_of_scans(most, sof)), _LIMITS)
+
+
+def test_a_baseline_jpeg_of_one_scan_for_each_component_is_taken() -> None:
+    """Colours that follow each other rather than mix are legal."""
+    assert (64, 64, 3) == _decoded(_jpeg_of_scans(3, 0xC0), 64, 64).shape
+
+
 def test_slivers_do_not_become_gigabytes() -> None:
     """A row of pixels, whose crop would first be resized to 256 x 10 million, costs no more than its crop."""
     recipe = InputRecipe.imagenet()

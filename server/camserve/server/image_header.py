@@ -18,8 +18,9 @@ __all__ = ["Header", "HeaderError", "ImageFormat", "read_header"]
 # Far above any real file, low enough to keep a hostile one from holding the event loop.
 _MAX_CHUNKS = 65_536
 _MAX_DIRECTORY_ENTRIES = 4_096
-# Every scan of a progressive JPEG is a pass over all its blocks; encoders write about ten.
-_MAX_SCANS = 64
+# Every scan of a JPEG is a pass over all its blocks. Progressive encoders write about ten, sequential ones one a component.
+_MAX_PROGRESSIVE_SCANS = 64
+_MAX_SEQUENTIAL_SCANS = 8
 
 # What reading past the end gives; OverflowError for 64-bit offsets of BigTIFF.
 _CUT_SHORT = (struct.error, IndexError, OverflowError)
@@ -122,10 +123,11 @@ def _read_jpeg(data: bytes) -> Header:
     if size is None:
         raise HeaderError("it is a JPEG file without a frame header")
     # In compressed data 0xff is escaped, so that counting finds scans (and, rarely, chance bytes in metadata).
-    if is_progressive and data.count(b"\xff\xda") > _MAX_SCANS:
+    kind, most = ("progressive", _MAX_PROGRESSIVE_SCANS) if is_progressive else ("sequential", _MAX_SEQUENTIAL_SCANS)
+    if data.count(b"\xff\xda") > most:
         scans = sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data, 2))
-        if scans > _MAX_SCANS:
-            raise HeaderError(f"it is a progressive JPEG file of {scans} scans; at most {_MAX_SCANS} are taken")
+        if scans > most:
+            raise HeaderError(f"it is a {kind} JPEG file of {scans} scans; at most {most} are taken")
     return Header(format=ImageFormat.JPEG, width=size[0], height=size[1], orientation=_orientation(exif))
 
 
