@@ -127,6 +127,47 @@ def _chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
+def _tiled_tiff(tile_width: int, tile_height: int, code: int = 4, count: int = 1) -> bytes:
+    """A deflated gray TIFF file of 16 x 16 pixels in one tile, almost all of whose data is missing when it is large."""
+    packed = zlib.compress(bytes(256))
+    entries = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 4, 1, 8), (259, 4, 1, 8), (262, 4, 1, 1), (277, 4, 1, 1)]
+    entries += [
+        (322, code, count, tile_width),
+        (323, code, count, tile_height),
+        (324, 4, 1, 134),
+        (325, 4, 1, len(packed)),
+    ]
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, 10)
+        + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        + bytes(4)
+        + packed
+    )
+
+
+@pytest.mark.parametrize("code", [3, 4, 9, 13], ids=["SHORT", "LONG", "SLONG", "IFD"])
+def test_tiles_count_like_pixels(code: int) -> None:
+    """A tile far larger than its TIFF picture would be allocated whole: the door refuses it in whichever type it is written."""
+    bomb = EncodedImage(data=_tiled_tiff(20_480, 20_480, code))
+
+    with pytest.raises(InvalidRequest, match="20480 x 20480 pixels is over the limit") as refusal:
+        measure(bomb, _LIMITS)
+
+    assert Reason.IMAGE_TOO_LARGE == refusal.value.reason
+    assert 256 + 32 * 64 == measure(EncodedImage(data=_tiled_tiff(32, 64, code)), _LIMITS)
+    assert [0] * 256 == _decoded(_tiled_tiff(16, 16), 16, 16)[..., 0].ravel().tolist()
+
+
+@pytest.mark.parametrize(("code", "count"), [(16, 1), (17, 1), (4, 2), (11, 1)])
+def test_tile_sizes_that_cannot_be_read_are_refused(code: int, count: int) -> None:
+    """What the door cannot read, the decoder shall not read otherwise."""
+    error = _refusal(EncodedImage(data=_tiled_tiff(8, 8, code, count)))
+
+    assert Reason.IMAGE_UNDECODABLE == error.reason
+    assert "tile" in error.message
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_png_of_few_bits_spans_the_range(bits: int) -> None:
     """Gray PNG files of 1, 2 and 4 bits reach from black to white."""

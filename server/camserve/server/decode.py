@@ -58,7 +58,8 @@ def measure(payload: JobInput, limits: DecodeLimits) -> int:
     """Counts pixels without decoding any.
 
     Returns:
-        Pixels of an image or frame, elements of one channel of a tensor: what decoding will cost is proportional to it.
+        Pixels of an image or frame, and of a tile of the image's file; elements of one channel of a tensor: what decoding will
+        cost is proportional to it.
 
     Raises:
         InvalidRequest: IMAGE_TOO_LARGE; IMAGE_UNDECODABLE for what is not one still image of a format we take; TENSOR_MISMATCH
@@ -72,7 +73,7 @@ def measure(payload: JobInput, limits: DecodeLimits) -> int:
         )
     if isinstance(payload, EncodedImage):
         header = _header(payload)
-        return _within(header.width, header.height, limits)
+        return _within(header.width, header.height, limits) + _within(*header.tile, limits)
     if isinstance(payload, RawFrame):
         check_frame(payload)
         return _within(payload.width, payload.height, limits)

@@ -26,7 +26,9 @@ _MAX_SEQUENTIAL_SCANS = 8
 _CUT_SHORT = (struct.error, IndexError, OverflowError)
 
 _ORIENTATION_TAG = 0x0112
+_TILE_TAGS = (322, 323)
 _FIELD_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_INTEGER_FORMATS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q"}
 
 # Formats people send by mistake; naming them helps more than showing bytes.
 _FOREIGN = (
@@ -64,12 +66,14 @@ class Header:
         width: pixels as stored, before orientation.
         height: likewise.
         orientation: EXIF orientation, 1 to 8; 1 when absent or unreadable.
+        tile: (width, height) of a TIFF file's tiles, which are decoded whole however little of them is shown; (0, 0) without.
     """
 
     format: ImageFormat
     width: int
     height: int
     orientation: int = 1
+    tile: tuple[int, int] = (0, 0)
 
 
 def read_header(data: bytes) -> Header:
@@ -220,12 +224,17 @@ def _read_tiff(data: bytes) -> Header:
     directory = _Directory.read(data)
     if directory.has_next:
         _refuse_frames("a TIFF", 2)
+    if any(tag in directory.unread for tag in _TILE_TAGS):
+        raise HeaderError("it is a TIFF file whose tile size is not one integer")
     width, height = directory.integers.get(256, 0), directory.integers.get(257, 0)
+    # Strips, unlike tiles, end with the picture, whatever their tag says.
+    tile_width, tile_height = (max(0, directory.integers.get(tag, 0)) for tag in _TILE_TAGS)
     return Header(
         format=ImageFormat.TIFF,
         width=width,
         height=height,
         orientation=_valid(directory.integers.get(_ORIENTATION_TAG, 1)),
+        tile=(tile_width, tile_height),
     )
 
 
@@ -250,9 +259,16 @@ def _valid(orientation: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Directory:
-    """First directory of a TIFF file or EXIF block: its entries that hold one integer, and whether another follows."""
+    """First directory of a TIFF file or EXIF block; of entries of the same tag the first counts, as for libtiff.
+
+    Attributes:
+        integers: of the entries that hold one integer.
+        unread: tags of the others.
+        has_next: whether another directory follows.
+    """
 
     integers: dict[int, int]
+    unread: frozenset[int]
     has_next: bool
 
     @classmethod
@@ -275,15 +291,20 @@ class _Directory:
         position += struct.calcsize(count_format)
         entry = struct.Struct(order + entry_format)
         integers: dict[int, int] = {}
+        unread: set[int] = set()
         claimed = 0
         for _ in range(count):
             tag, kind, values, content = entry.unpack_from(data, position)
             position += entry.size
             claimed += min(values * _FIELD_BYTES.get(kind, 1), len(data))
-            if values == 1 and kind in (3, 4, 16):
-                code = {3: "H", 4: "I", 16: "Q"}[kind]
-                integers.setdefault(tag, struct.unpack_from(order + code, content)[0] if kind != 16 or is_big else 0)
+            if tag in integers or tag in unread:
+                continue
+            # Eight bytes do not fit into an entry of the classic form: it holds where they are.
+            if values == 1 and kind in _INTEGER_FORMATS and (is_big or kind not in (16, 17)):
+                integers[tag] = struct.unpack_from(order + _INTEGER_FORMATS[kind], content)[0]
+            else:
+                unread.add(tag)
         if claimed > 2 * len(data) + 4_096:
             raise HeaderError("its directory entries claim more bytes than the file has")
         (following,) = struct.unpack_from(order + word, data, position) if position + 4 <= len(data) else (0,)
-        return cls(integers, following != 0)
+        return cls(integers, frozenset(unread), following != 0)
