@@ -1,6 +1,6 @@
 """Claims about what operators run: the image, the stack around it, its alerts and its dashboard.
 
-Only files are read, and one health probe is run; nothing here needs a container engine.
+Files are read, one health probe and one server are run; nothing here needs a container engine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import grpc
 import pytest
 import yaml
-from prometheus_client import generate_latest
+from support.servers import Metrics as MetricsPage
 
+from camserve.server.background import BackgroundServer
 from camserve.server.health import Health
 from camserve.server.metrics import Metrics
 from camserve.server.settings import Settings
@@ -80,11 +81,9 @@ def expressions() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def exported() -> set[str]:
-    """The series names of a server that has not answered anything yet."""
-    metrics = Metrics()
-    metrics.build.info({"version": "0", "torch": "0"})
-    return series_names(generate_latest(metrics.registry).decode())
+def exported(demo_server: BackgroundServer) -> set[str]:
+    """The series names on the metrics page of a running server."""
+    return series_names(MetricsPage(demo_server).text())
 
 
 def test_every_metric_asked_for_is_exported(exported: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Real servers on free ports, real clients, real files."""
+"""What any test may ask for: real servers on free ports, real clients, real files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from camserve.client import Client
 from camserve.server.background import BackgroundServer
 from camserve.server.models.sources import ModelSource, demo_sources
 
-SAMPLES = Path(__file__).parents[2] / "server" / "camserve" / "server" / "demo" / "samples"
+SAMPLES = Path(__file__).parents[1] / "server" / "camserve" / "server" / "demo" / "samples"
 
 
 @pytest.fixture(scope="session")
