@@ -78,7 +78,7 @@ def test_too_many_specs_are_refused_before_they_are_read(demo_server):
             list(stub.Explain(request))
 
     assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
-    assert time.perf_counter() - started < 2.0
+    assert time.perf_counter() - started < 5.0
 
 
 def test_one_layer_under_two_names(client, samples):
