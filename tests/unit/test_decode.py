@@ -1,8 +1,11 @@
 """Decoding: every kind of pixel we take, every refusal, and nothing but refusals for hostile bytes."""
 
+import gc
 import io
+import itertools
 import struct
 import time
+import traceback
 import warnings
 import zlib
 
@@ -214,6 +217,43 @@ def test_truncated_files_are_refused(file_format: str, kept: float) -> None:
 
     assert Reason.IMAGE_UNDECODABLE == _refusal(EncodedImage(data=data[: int(len(data) * kept)])).reason
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def _pictures_alive() -> set[int]:
+    return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), Image.Image)}
+
+
+def test_nothing_of_a_picture_outlives_its_decoding() -> None:
+    """Neither a sample nor a refusal, while somebody still holds it, keeps a decoded picture until the garbage collector runs."""
+    noise = np.random.default_rng(3).integers(0, 255, (60, 70, 3), dtype=np.uint8)
+    held: list[object] = []
+    gc.collect()
+    gc.disable()
+    try:
+        before = _pictures_alive()
+        for file_format, keep_source, kept in itertools.product(_FORMATS, (False, True), (1.0, 0.9, 0.05)):
+            data = _file(Image.fromarray(noise), file_format)
+            payload = EncodedImage(data=data[: int(len(data) * kept)])
+            try:
+                held.append(decode(payload, _pixel_recipe(4, 4), _LIMITS, keep_source=keep_source))
+            except InvalidRequest as error:
+                held.append(error)
+        after = _pictures_alive()
+    finally:
+        gc.enable()
+
+    assert 30 == len(held)
+    assert set() == after - before
+
+
+@pytest.mark.parametrize("payload", [EncodedImage(data=b"BM"), TensorInput(dtype="uint8", shape=(3,), data=b"")])
+def test_a_refusal_keeps_no_frame_of_the_decoder(payload: JobInput) -> None:
+    """A traceback keeps every frame's variables alive, so the refusal has none but decode's own, and no cause."""
+    error = _refusal(payload)
+
+    assert (None, None) == (error.__cause__, error.__context__)
+    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    assert ["_refusal", "decode"] == frames
 
 
 def test_a_flipped_bit_in_a_png_is_noticed() -> None:

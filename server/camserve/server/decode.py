@@ -98,8 +98,19 @@ def decode(
 
     Raises:
         InvalidRequest: as `measure`; also IMAGE_UNDECODABLE for truncated and corrupt files, TENSOR_MISMATCH and
-            INPUT_NOT_FINITE for tensors, FIELD_INVALID for a region that is empty or outside the source.
+            INPUT_NOT_FINITE for tensors, FIELD_INVALID for a region that is empty or outside the source. It carries neither cause
+            nor frames: they would keep the picture alive for as long as anybody holds the error.
     """
+    try:
+        return _decode(payload, recipe, limits, keep_source=keep_source, region=region)
+    except InvalidRequest as error:
+        error.__context__ = None
+        raise error.with_traceback(None) from None
+
+
+def _decode(
+    payload: JobInput, recipe: InputRecipe, limits: DecodeLimits, *, keep_source: bool, region: Region | None
+) -> Sample:
     started = time.perf_counter()
     measure(payload, limits)
     if isinstance(payload, TensorInput):
