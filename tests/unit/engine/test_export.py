@@ -1,4 +1,8 @@
+import functools
 import io
+import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +187,181 @@ def test_a_path_is_read_and_other_files_are_refused(tmp_path: Path, net: Net) ->
         load_export(io.BytesIO(b"no archive"), device=CPU)
     with pytest.raises(NotFound, match="there is no file"):
         load_export(tmp_path / "none.pt2", device=CPU)
+
+
+@functools.cache
+def archive_of_net() -> bytes:
+    """One archive for all that is only refused."""
+    return archived(Net(), torch.randn(2, 3, 6, 6)).getvalue()
+
+
+class Strange:
+    """What a pickle can do: call anything when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self._trace,)
+
+
+def edited(archive: io.BytesIO, edits: dict[str, Callable[[bytes], bytes]]) -> io.BytesIO:
+    """The archive with some entries changed, or added where there are none."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(stream, "w") as new:
+        (root,) = {name.partition("/")[0] for name in old.namelist()}
+        known = {name.partition("/")[2]: old.read(name) for name in old.namelist()}
+        for name in {**known, **edits}:
+            new.writestr(f"{root}/{name}", edits.get(name, bytes)(known.get(name, b"")))
+    stream.seek(0)
+    return stream
+
+
+def pickled(value: object) -> Callable[[bytes], bytes]:
+    """An edit that puts a pickle in an entry's place."""
+
+    def edit(_entry: bytes) -> bytes:
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        return stream.getvalue()
+
+    return edit
+
+
+def table(**payload: object) -> Callable[[bytes], bytes]:
+    """An edit that lists one more payload among an archive's tensors."""
+
+    def edit(entry: bytes) -> bytes:
+        return json.dumps({"config": json.loads(entry)["config"] | {"more": payload}}).encode()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "sample inputs",
+        "weights",
+        "old weights",
+        "constants",
+        "old constants",
+        "objects",
+        "opaque objects",
+        "size",
+        "name",
+    ],
+)
+@pytest.mark.parametrize("is_file", [False, True], ids=["stream", "file"])
+def test_an_archive_that_would_run_code_is_refused(
+    tmp_path: Path,
+    place: str,
+    is_file: bool,  # noqa: FBT001 - a test parameter
+) -> None:
+    """Wherever in the archive it hides, and before any of it has run."""
+    trace = tmp_path / "trace"
+    strange = pickled(Strange(trace))
+    payload = {"is_param": False, "use_pickle": True, "tensor_meta": None}
+    call = f"[Integer(2), __import__('pathlib').Path({str(trace)!r}).touch()][0]"
+    edits: dict[str, dict[str, Callable[[bytes], bytes]]] = {
+        "sample inputs": {"data/sample_inputs/model.pt": strange},
+        "weights": {
+            "data/weights/model_weights_config.json": table(path_name="more", **payload),
+            "data/weights/more": strange,
+        },
+        "old weights": {"data/weights/model.pt": strange},
+        "constants": {
+            "data/constants/model_constants_config.json": table(path_name="tensor_9", **payload),
+            "data/constants/tensor_9": strange,
+        },
+        "old constants": {"data/constants/model.pt": strange},
+        "objects": {
+            "data/constants/model_constants_config.json": table(path_name="custom_obj_9", **payload),
+            "data/constants/custom_obj_9": strange,
+        },
+        "opaque objects": {
+            "data/constants/model_constants_config.json": table(path_name="opaque_obj_9", **payload),
+            "data/constants/opaque_obj_9": strange,
+        },
+        "size": {"models/model.json": lambda entry: _with_sizes(entry, call)},
+        "name": {"models/model.json": lambda entry: entry.replace(b'"name": "images"', b'"name": "images, x=print()"')},
+    }
+    archive: io.BytesIO | Path = edited(io.BytesIO(archive_of_net()), edits[place])
+    if is_file and isinstance(archive, io.BytesIO):
+        (tmp_path / "net.pt2").write_bytes(archive.getvalue())
+        archive = tmp_path / "net.pt2"
+
+    with pytest.raises(Unsupported, match="run code when read; re-export with tensors only"):
+        load_export(archive, device=CPU)
+    assert not trace.exists()
+
+
+def _with_sizes(entry: bytes, text: str) -> bytes:
+    """A graph in which every size is this text."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: text if key == "expr_str" else changed(below) for key, below in value.items()}
+        return [changed(below) for below in value] if isinstance(value, list) else value
+
+    return json.dumps(changed(json.loads(entry))).encode()
+
+
+def test_compiled_code_is_refused() -> None:
+    """PyTorch would load the library, which runs it, although nothing here asks for it."""
+    archive = edited(io.BytesIO(archive_of_net()), {"data/aotinductor/model/a.so": lambda _: b"library"})
+
+    with pytest.raises(Unsupported, match="compiled libraries"):
+        load_export(archive, device=CPU)
+
+
+def test_an_archive_of_an_old_version_is_looked_through_too(tmp_path: Path) -> None:
+    """PyTorch still reads the layout of 2.7, whose pickles have other names."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("version", "8.8")
+        archive.writestr("serialized_exported_program.json", "{}")
+        archive.writestr("serialized_state_dict.pt", pickled(Strange(tmp_path / "trace"))(b""))
+    stream.seek(0)
+
+    with pytest.raises(Unsupported, match=r"serialized_state_dict\.pt.* holds pickled Python objects"):
+        load_export(stream, device=CPU)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_an_archive_that_unpacks_to_very_much_is_refused(tmp_path: Path) -> None:
+    """By its table of contents, before anything is unpacked."""
+    path = tmp_path / "net.pt2"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/models/model.json", bytes(80 << 20))
+
+    with pytest.raises(Unsupported, match="unpack to more"):
+        load_export(path, device=CPU)
+
+
+def test_sample_inputs_of_plain_values_pass() -> None:
+    """Tensors, numbers, texts, None and containers of them run nothing."""
+    values = ((torch.ones(2, 3, 6, 6),), {"scale": 2, "mode": "fast", "more": [1.5, None, {"b": True}]})
+    archive = edited(io.BytesIO(archive_of_net()), {"data/sample_inputs/model.pt": pickled(values)})
+
+    assert (2, 5) == load_export(archive, device=CPU).run(torch.randn(2, 3, 6, 6))["out"].shape
+
+
+def test_sizes_that_are_computed_pass() -> None:
+    """Expressions of sizes are what dynamic exports are made of."""
+
+    class Resize(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            """To several sizes, ending in one number for each channel."""
+            side = x.shape[2]
+            x = nn.functional.interpolate(x, size=(side // 2 + 1, side * 3))
+            x = nn.functional.interpolate(nn.functional.avg_pool2d(x, 3, 2), scale_factor=1.7)
+            return x.mean((2, 3)) * (side / 3)
+
+    stream = io.BytesIO()
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(Resize(), (torch.randn(2, 3, 16, 16),), dynamic_shapes=(sizes,))
+    torch.export.save(exported, stream)
+    stream.seek(0)
+    inputs = torch.randn(3, 3, 20, 12)
+
+    assert torch.equal(Resize()(inputs), load_export(stream, device=CPU).run(inputs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
+from camserve.server.engine.export_safety import check_archive
 from camserve.server.engine.hooked import HookedProgram
 from camserve.server.engine.look import message_of
 from camserve.server.engine.program import ProgramKind
@@ -72,14 +74,15 @@ def load_export(
 
     Raises:
         NotFound: there is no such file.
-        Unsupported: it is not an archive of `torch.export.save`, or of a version that this PyTorch cannot read.
+        Unsupported: it is not an archive of `torch.export.save`, it is of a version that this PyTorch cannot read, or it holds
+            code that reading it would run.
     """
     if isinstance(source, Path) and not source.is_file():
         raise NotFound(Reason.MODEL_NOT_FOUND, f"there is no file {source}", metadata={"file": source})
     try:
-        _register_operators(source)
+        _register_operators(check_archive(source))
         exported = torch.export.load(source)
-    except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError, OSError, zipfile.BadZipFile) as error:
         raise Unsupported(
             Reason.MODEL_FAILED,
             f"cannot read {source} as a torch.export archive: {message_of(error)}; write it with torch.export.save ('.pt2')",
@@ -88,11 +91,7 @@ def load_export(
     return ExportProgram(exported, device=device, dtype=dtype)
 
 
-def _register_operators(source: Path | BinaryIO) -> None:
+def _register_operators(graphs: Iterable[bytes]) -> None:
     """Imports torchvision if the archive calls its operators: not always, since that takes seconds and few archives need it."""
-    with zipfile.ZipFile(source) as archive:
-        graphs = [name for name in archive.namelist() if name.endswith(".json")]
-        if any(b"torch.ops.torchvision." in archive.read(name) for name in graphs):
-            importlib.import_module("torchvision")
-    if not isinstance(source, Path):
-        source.seek(0)
+    if any(b"torch.ops.torchvision." in graph for graph in graphs):
+        importlib.import_module("torchvision")
