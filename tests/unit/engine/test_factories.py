@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,34 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InvalidRequest, match="cannot read weights"):
         load_factory("torchvision:resnet18", weights=file, device=CPU)
+
+
+class Strange:
+    """What a pickle can do: call anything when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        """As pickle wants it."""
+        return Path.touch, (self._trace,)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_weights_run_no_code(
+    tmp_path: Path,
+    suffix: str,
+    is_archive: bool,  # noqa: FBT001 - a test parameter
+) -> None:
+    """Beside tensors, in either format of PyTorch, and whatever the file is called."""
+    file = tmp_path / f"weights{suffix}"
+    state = {**build_net().state_dict(), "extra": Strange(tmp_path / "trace")}
+    torch.save(state, file, _use_new_zipfile_serialization=is_archive)
+
+    with pytest.raises(InvalidRequest, match="cannot read weights"):
+        load_factory("torchvision:squeezenet1_1", weights=file, device=CPU)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 # ruff: noqa: D101, D102
 
 import io
+import pickle
 import threading
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +363,39 @@ def test_layers_without_a_differentiable_tensor_are_listed_and_refused() -> None
         with pytest.raises(Unsupported):
             program.capture([TapName.parse(layer)], x)
     gradient_at(program, "conv", x)
+
+
+class Strange:
+    """What a pickle can do: call anything when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self._trace,)
+
+
+@pytest.mark.parametrize("entry", ["", "data.pkl", "constants.pkl"])
+def test_pickles_are_never_run(tmp_path: Path, entry: str) -> None:
+    """Neither a raw pickle in place of an archive nor one inside it: TorchScript's own reader knows no Python functions."""
+    trace, path = tmp_path / "trace", tmp_path / "model.pt"
+    strange = pickle.dumps(Strange(trace), protocol=2)
+    if entry:
+        with zipfile.ZipFile(archived(torch.jit.script(Small().eval()))) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, strange if name.endswith(f"/{entry}") else old.read(name))
+    else:
+        path.write_bytes(strange)
+
+    with pytest.raises(Unsupported, match="not a TorchScript archive"):
+        load_script(path, device=CPU)
+    assert not trace.exists()
+
+
+def test_a_module_saved_whole_is_not_read(tmp_path: Path) -> None:
+    """What `torch.save` makes of a Python object is refused, and what it would run does not."""
+    torch.save(Strange(tmp_path / "trace"), tmp_path / "model.pt")
+
+    with pytest.raises(Unsupported, match="not a TorchScript archive"):
+        load_script(tmp_path / "model.pt", device=CPU)
+    assert not (tmp_path / "trace").exists()
