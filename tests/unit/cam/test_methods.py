@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from camserve.server.cam.methods import METHODS, Need, WorkClass, find_method
-from camserve.server.errors import InvalidRequest, Reason, Unsupported
+from camserve.server.errors import Reason, Unsupported
 from camserve.server.jobs import Profile
 
 GRADIENT_METHODS = [slug for slug, method in METHODS.items() if Need.GRADIENT in method.needs]
@@ -255,7 +255,7 @@ def test_methods_are_found_however_they_are_written(text: str) -> None:
 
 def test_unknown_methods_are_refused_with_a_suggestion() -> None:
     """The refusal names the nearest method and all that exist."""
-    with pytest.raises(InvalidRequest, match=r"did you mean 'layercam'\?.*grad-cam\+\+") as refusal:
+    with pytest.raises(Unsupported, match=r"did you mean 'layercam'\?.*grad-cam\+\+") as refusal:
         find_method("layer-cams")
 
     assert Reason.METHOD_NOT_IMPLEMENTED == refusal.value.reason

@@ -331,7 +331,7 @@ def test_spellings_of_a_layer_are_one_place(model: PassModel) -> None:
 def test_one_failing_spec_sinks_no_other(model: PassModel) -> None:
     """Everything that can go wrong with a spec, around one that is right."""
     wrong: list[tuple[Spec, type[Exception], Reason]] = [
-        (spec(0, "grad-cat"), InvalidRequest, Reason.METHOD_NOT_IMPLEMENTED),
+        (spec(0, "grad-cat"), Unsupported, Reason.METHOD_NOT_IMPLEMENTED),
         (spec(1, layers=["layer9"]), Unsupported, Reason.LAYER_UNUSABLE),
         (spec(2, "cam", ["stem"]), Unsupported, Reason.METHOD_UNSUPPORTED_BY_MODEL),
         (spec(3, target=of_class(CLASSES)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE),
@@ -342,7 +342,7 @@ def test_one_failing_spec_sinks_no_other(model: PassModel) -> None:
             InvalidRequest,
             Reason.FIELD_INVALID,
         ),
-        (spec(7, layers=["#"]), InvalidRequest, Reason.LAYER_NOT_FOUND),
+        (spec(7, layers=["#"]), NotFound, Reason.LAYER_NOT_FOUND),
     ]
     layouts = {
         **model.layouts,

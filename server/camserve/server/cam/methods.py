@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camserve.server.errors import InvalidRequest, Reason, Unsupported
+from camserve.server.errors import Reason, Unsupported
 from camserve.server.jobs import Profile
 
 __all__ = ["METHODS", "Method", "Need", "WorkClass", "find_method"]
@@ -105,7 +105,7 @@ def find_method(text: str) -> Method:
     """Finds a method by its slug; case, hyphens, underscores and spaces do not matter, so `GradCAM++` is `grad-cam++`.
 
     Raises:
-        InvalidRequest: there is none of that name; the message tells the nearest and all that exist.
+        Unsupported: there is none of that name; the message tells the nearest and all that exist.
     """
     known = {_squeeze(slug): method for slug, method in METHODS.items()}
     wanted = _squeeze(text)
@@ -113,7 +113,7 @@ def find_method(text: str) -> Method:
         return known[wanted]
     near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
     hint = f"; did you mean {known[near[0]].slug!r}?" if near else ""
-    raise InvalidRequest(
+    raise Unsupported(
         Reason.METHOD_NOT_IMPLEMENTED,
         f"method {text!r} is not known{hint}; known methods: {', '.join(METHODS)}",
         metadata={"method": text, "known": ", ".join(METHODS)},

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from camserve.server.errors import InvalidRequest, Reason
+from camserve.server.errors import NotFound, Reason
 
 __all__ = ["Call", "Capture", "Cut", "Digests", "Program", "ProgramKind", "TapName"]
 
@@ -47,11 +47,11 @@ class TapName:
         """Reads the written form.
 
         Raises:
-            InvalidRequest: the text has none of the forms above.
+            NotFound: the text has none of the forms above.
         """
         match = cls._PATTERN.fullmatch(text)
         if match is None:
-            raise InvalidRequest(
+            raise NotFound(
                 Reason.LAYER_NOT_FOUND,
                 f"layer {text!r} is not a layer name; write 'layer4', 'layer4.1.relu#0' for one call, 'fpn:0' for one output",
                 metadata={"layer": text},
