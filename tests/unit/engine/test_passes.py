@@ -529,7 +529,7 @@ def test_several_layers_give_one_map_at_the_finest(model: PassModel) -> None:
     ("change", "error"),
     [
         pytest.param(lambda model: dataclasses.replace(model, classes=7), ExecutionFailed, id="classes"),
-        pytest.param(lambda model: dataclasses.replace(model, output_path="out"), Unsupported, id="path"),
+        pytest.param(lambda model: dataclasses.replace(model, output_path="out"), ExecutionFailed, id="path"),
     ],
 )
 def test_a_model_that_is_not_what_its_card_says_fails(

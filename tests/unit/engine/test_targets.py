@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from camserve.server.engine.targets import resolve, scores, select_output
-from camserve.server.errors import ExecutionFailed, InvalidRequest, Reason, Unsupported
+from camserve.server.errors import ExecutionFailed, InvalidRequest, Reason
 from camserve.server.jobs import ResolvedTarget, Score, Target, TargetKind
 
 LOGITS = np.array([0.0, 2.0, -1.0, 2.0, 1.0], dtype=np.float32)
@@ -138,15 +138,17 @@ def test_the_logits_are_found_in_what_a_model_returns(outputs: Any, path: str) -
 @pytest.mark.parametrize(
     ("outputs", "path", "message"),
     [
-        pytest.param((TENSOR, OTHER), "", "several tensors.*paths: 0, 1", id="ambiguous"),
+        pytest.param((TENSOR, OTHER), "", "several tensors.*paths: 0, 1; name .* output.path", id="ambiguous"),
         pytest.param({"aux": OTHER, "out": TENSOR}, "logits", "no tensor at 'logits'; paths: aux, out", id="unknown"),
-        pytest.param(None, "", "paths: none", id="nothing"),
+        pytest.param(None, "", "holds no tensor; paths: none; return a tensor", id="nothing"),
         pytest.param(torch.zeros(2), "", r"shape \(2,\)", id="one number a row"),
         pytest.param(torch.zeros(2, 3, 4, 4), "", r"shape \(2, 3, 4, 4\)", id="dense"),
-        pytest.param(torch.zeros(2, 3, dtype=torch.int64), "", "int64", id="class numbers"),
+        pytest.param(torch.zeros(2, 3, dtype=torch.int64), "", "int64.*before any argmax", id="class numbers"),
     ],
 )
 def test_nothing_is_guessed_about_outputs(outputs: Any, path: str, message: str) -> None:
     """What is not clearly (b, classes) is refused, with the paths that exist."""
-    with pytest.raises(Unsupported, match=message):
+    with pytest.raises(ExecutionFailed, match=message) as refused:
         select_output(outputs, path)
+
+    assert Reason.MODEL_FAILED == refused.value.reason

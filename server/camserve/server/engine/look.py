@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from camserve.server.engine.program import Program, TapName
 from camserve.server.engine.targets import select_output
-from camserve.server.errors import CamserveError, Unsupported
+from camserve.server.errors import CamserveError, ExecutionFailed
 
 __all__ = ["FAILURES", "Seen", "find_scores", "look", "message_of"]
 
@@ -104,7 +104,7 @@ def find_scores(outputs: Any, output_path: str) -> Tensor:
     """The class scores, or for other kinds of models the first floating tensor they return."""
     try:
         return select_output(outputs, output_path)
-    except Unsupported:
+    except ExecutionFailed:
         floating = [
             leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]

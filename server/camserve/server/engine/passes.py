@@ -104,8 +104,8 @@ def run_pass(
 
     Raises:
         ValueError: `rows` is not as long as the batch.
-        Unsupported: the model's output holds no class logits at `output_path`.
-        ExecutionFailed: it holds another number of them than the batch and the card say.
+        ExecutionFailed: the model's output holds no class logits at `output_path`, or another number of them than the batch and
+            the card say.
         RuntimeError: the model's forward failed, or memory ran out.
     """
     if len(rows) != len(batch):

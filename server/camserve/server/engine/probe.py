@@ -106,8 +106,8 @@ def probe(
         output_path: where the class scores are in the output; see `targets.select_output`.
 
     Raises:
-        ExecutionFailed: the program does not run on the sample at any batch size.
-        Unsupported: there is no output at that path.
+        ExecutionFailed: the program does not run on the sample at any batch size, there is no output at that path, or nothing it
+            returns is floating.
     """
     with Lap(program.device) as lap:
         runs = try_sizes(program, sample_input, {sample_input.shape[0], *batch_sizes})

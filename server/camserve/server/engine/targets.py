@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from camserve.server.errors import ExecutionFailed, InvalidRequest, Reason, Unsupported
+from camserve.server.errors import ExecutionFailed, InvalidRequest, Reason
 from camserve.server.jobs import ResolvedTarget, Score, Target, TargetKind
 
 __all__ = ["resolve", "scores", "select_output"]
@@ -30,20 +30,25 @@ def select_output(outputs: Any, path: str) -> Float[Tensor, "b classes"]:
         path: keys and positions joined by dots, such as `logits` or `0.scores`; empty when there is only one tensor.
 
     Raises:
-        Unsupported: the path is empty and there are several tensors, it leads nowhere, or what it leads to is not (b, classes);
-            the message lists the paths that exist.
+        ExecutionFailed: the path is empty and there are several tensors, it leads nowhere, or it leads to no (b, classes);
+            the message lists the paths that exist and tells what to do.
     """
     found = _tensors(outputs, "")
     if not path and len(found) == 1:
         (path,) = found
     if path not in found:
-        wanted = f"has no tensor at {path!r}" if path else "is several tensors, and the model's card names none of them"
-        raise _unusable(f"the model's output {wanted}; paths: {', '.join(found) or 'none'}", path, found)
+        wanted = "is several tensors, and the model's card names none of them" if found else "holds no tensor"
+        wanted = f"has no tensor at {path!r}" if path else wanted
+        advice = "name the scores' path as output.path in model.toml" if found else "return a tensor (b, classes)"
+        raise _unusable(f"the model's output {wanted}; paths: {', '.join(found) or 'none'}; {advice}", path, found)
     logits = found[path]
     if logits.ndim != 2 or not logits.is_floating_point():
         shape = tuple(logits.shape)
         raise _unusable(
-            f"output {path!r} is {logits.dtype} of shape {shape}; class logits are floating (b, classes)", path, found
+            f"output {path!r} is {logits.dtype} of shape {shape}; class logits are floating (b, classes); "
+            "return the scores before any argmax, or name another path as output.path in model.toml",
+            path,
+            found,
         )
     return logits
 
@@ -136,7 +141,5 @@ def _check(what: str, value: int, allowed: range, classes: int) -> None:
         )
 
 
-def _unusable(message: str, path: str, found: Mapping[str, Tensor]) -> Unsupported:
-    return Unsupported(
-        Reason.FEATURE_NOT_IMPLEMENTED, message, metadata={"outputPath": path, "paths": ", ".join(found)}
-    )
+def _unusable(message: str, path: str, found: Mapping[str, Tensor]) -> ExecutionFailed:
+    return ExecutionFailed(Reason.MODEL_FAILED, message, metadata={"outputPath": path, "paths": ", ".join(found)})
