@@ -433,6 +433,31 @@ def test_bayer_frames_recover_even_colour(pixel_format: str, red_row: int, red_c
     assert {(200, 100, 50)} == {tuple(pixel) for pixel in pixels.reshape(3, -1).T.tolist()}
 
 
+@pytest.mark.parametrize("pixel_format", [PixelFormat.MONO16, PixelFormat.BAYER_GRBG8])
+def test_tall_frames_are_read_as_short_ones(pixel_format: PixelFormat) -> None:
+    """A frame worked on in many bands of rows has, away from its rim, the pixels that a piece of it has."""
+    stored = np.random.default_rng(4).integers(0, 255, (600, 501), dtype=np.uint8)
+    stored = stored.astype("<u2") * 250 if pixel_format is PixelFormat.MONO16 else stored
+
+    whole = decode(_frame(pixel_format, stored, 501), _pixel_recipe(600, 501), _LIMITS, keep_source=True)
+    piece = decode(_frame(pixel_format, stored[250:280], 501), _pixel_recipe(30, 501), _LIMITS, keep_source=False)
+
+    np.testing.assert_array_equal(whole.tensor[:, 251:279], piece.tensor[:, 1:29])
+    np.testing.assert_array_equal(whole.source, np.moveaxis(whole.tensor, 0, -1))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_large_deep_pictures_are_read_as_small_ones(file_format: str) -> None:
+    """Sixteen bits become eight in every band of rows, and the source kept is what the model sees."""
+    values = np.random.default_rng(4).integers(0, 256, (600, 501)).astype(np.uint16) * 257
+    payload = EncodedImage(data=_file(Image.fromarray(values), file_format))
+
+    sample = decode(payload, _pixel_recipe(600, 501), _LIMITS, keep_source=True)
+
+    np.testing.assert_array_equal(values // 257, sample.tensor[1])
+    np.testing.assert_array_equal(np.moveaxis(sample.tensor, 0, -1), sample.source)
+
+
 def test_bayer_interpolation_is_the_mean_of_neighbours() -> None:
     """Worked by hand: green at red is the mean of four, red between reds the mean of two or four."""
     mosaic = np.array([[10, 1, 30], [2, 90, 4], [50, 3, 70]], np.uint8)

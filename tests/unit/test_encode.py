@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -255,3 +256,30 @@ def test_maps_that_are_not_finite_are_not_sent(bad: float) -> None:
     """The engine's promise is checked where it would leave the house."""
     with pytest.raises(ExecutionFailed, match="not finite"):
         _encode(np.array([[0, bad]]), Encoding.UINT8)
+
+
+@pytest.mark.parametrize("encoding", [Encoding.UINT8, Encoding.PNG16, Encoding.OVERLAY_PNG])
+def test_large_pictures_take_little_more_than_themselves(encoding: Encoding) -> None:
+    """Encoding at source size takes no temporary of eight bytes or more for every pixel, and every pixel is still right."""
+    height, width = 1_100, 1_300
+    geometry = Geometry(
+        source_width=width, source_height=height, input_width=224, input_height=224, scale_x=width / 224, scale_y=5
+    )
+    values = np.random.default_rng(0).random((7, 7)).astype(np.float32)
+    source = np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    drawn = onto_source(values, map_geometry(geometry, 7, 7)).astype(np.float64)
+    expected = (drawn - drawn.min()) * ((65_535 if encoding is Encoding.PNG16 else 255) / (drawn.max() - drawn.min()))
+    tracemalloc.start()
+
+    try:
+        heatmap = encode(_raw(values), _spec(encoding, MapSize.SOURCE), label="", geometry=geometry, source=source)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 8 * height * width + (16 << 20)
+    if encoding is Encoding.OVERLAY_PNG:
+        np.testing.assert_array_equal(_read(heatmap), blend(source, np.rint(expected).astype(np.uint8), 0.5))
+    else:
+        codes = (_read(heatmap) - drawn.min()) / (drawn.max() - drawn.min())
+        assert np.abs(codes * (65_535 if encoding is Encoding.PNG16 else 255) - expected).max() <= 0.5 + 1e-6

@@ -102,3 +102,14 @@ def test_a_map_that_lies_beside_the_source_draws_its_smallest_value() -> None:
     drawn = onto_source(np.array([[5, 6], [7, 8]], np.float32), geometry)
 
     assert [[5.0] * 3] * 2 == drawn.tolist()
+
+
+def test_large_maps_are_drawn_as_small_ones() -> None:
+    """A result of many bands of rows is, to the last bit, what each row alone would be."""
+    values = np.random.default_rng(2).normal(size=(7, 5)).astype(np.float32)
+    rows, columns = np.linspace(-1, 8, 700), np.linspace(-1, 6, 901)
+
+    result = resample(values, rows, columns)
+
+    for row in (0, 144, 145, 146, 699):
+        np.testing.assert_array_equal(result[row], resample(values, rows[row : row + 1], columns)[0])

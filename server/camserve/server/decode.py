@@ -12,6 +12,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from camserve.server.bands import bands
 from camserve.server.errors import InvalidRequest, Reason
 from camserve.server.frame import check_frame, read_frame
 from camserve.server.image_file import ImageFileError, Mode, Pixels, load_pixels
@@ -155,23 +156,34 @@ def _pixels(
     """The source's pixels in the recipe's mode and, if asked, as (h w 3) uint8."""
     mode: Mode = "L" if recipe.channels == "gray" else "RGB"
     if isinstance(payload, RawFrame):
-        image = Image.fromarray(read_frame(payload))
+        frame = read_frame(payload)
+        image = Image.fromarray(frame)
         box = (0.0, 0.0, float(image.width), float(image.height))
-        source = np.array(image.convert("RGB")) if keep_source else None
-        return Pixels(image=image.convert(mode), width=image.width, height=image.height, box=box), source
+        image = image if image.mode == mode else image.convert(mode)
+        source = (frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=2)) if keep_source else None
+        return Pixels(image=image, width=image.width, height=image.height, box=box), source
     header = _header(payload)
     least = _least(header, recipe) if may_reduce and header.format is ImageFormat.JPEG else None
     try:
         if not keep_source:
             return load_pixels(payload.data, header, mode=mode, least=least), None
         full = load_pixels(payload.data, header, mode="RGB")
-        source = np.array(full.image)
+        source = _as_array(full.image)
         if least is not None:
             # Twice the work for large JPEGs with an overlay, lest the prediction depend on whether one was asked for.
+            del full
             return load_pixels(payload.data, header, mode=mode, least=least), source
-        return dataclasses.replace(full, image=full.image.convert(mode)), source
+        return full if full.image.mode == mode else dataclasses.replace(full, image=full.image.convert(mode)), source
     except ImageFileError as error:
         raise _undecodable(payload, str(error)) from error
+
+
+def _as_array(image: Image.Image) -> ByteArray:
+    """An RGB picture as (h w 3); numpy's own way takes three copies."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for band in bands(image.height, 3 * image.width):
+        pixels[band] = np.asarray(image.crop((0, band.start, image.width, band.stop)))
+    return pixels
 
 
 def _least(header: Header, recipe: InputRecipe) -> tuple[int, int] | None:

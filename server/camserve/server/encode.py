@@ -11,12 +11,13 @@ import hashlib
 import io
 import time
 import zlib
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from camserve.server.bands import bands
 from camserve.server.errors import ExecutionFailed, InvalidRequest, Reason, Unsupported
 from camserve.server.jobs import ByteArray, Compression, Encoding, FloatArray, Geometry, Heatmap, MapSize, RawMap, Spec
 from camserve.server.overlay import blend
@@ -34,6 +35,8 @@ _OVERLAYS: Final[dict[Encoding, tuple[str, int, dict[str, int]]]] = {
 }
 # zlib's default is worth its time only while the payload is small.
 _SMALL_BYTES: Final = 65_536
+
+_Code = TypeVar("_Code", np.uint8, np.uint16)
 
 
 def needs_source(spec: Spec) -> bool:
@@ -73,18 +76,23 @@ def encode(
     shape: tuple[int, ...] = values.shape
     low, high = float(values.min()), float(values.max())
     if spec.encoding in _OVERLAYS:
-        payload = _overlay(values, spec, source, low, high)
+        codes = _codes(values, low, high, np.uint8)
+        # Of a picture of many megapixels each of these is large.
+        del values
+        payload = _overlay(codes, spec, source)
         axes, shape = ("h", "w", "c"), (*shape, 3)
     elif spec.encoding is Encoding.FLOAT32:
         payload = _little_endian(values)
+        del values
     elif spec.encoding is Encoding.FLOAT16:
         halves = _to_half(values, low, high)
         low, high = float(halves.min()), float(halves.max())
         payload = halves.tobytes()
     elif spec.encoding is Encoding.PNG16:
-        payload = _png(_codes(values, low, high, 65_535).astype(np.uint16))
+        payload = _png(_codes(values, low, high, np.uint16))
     else:
-        codes = _codes(values, low, high, 255).astype(np.uint8)
+        codes = _codes(values, low, high, np.uint8)
+        del values
         payload = codes.tobytes() if spec.encoding is Encoding.UINT8 else _png(codes)
     sent, compression = _compressed(payload) if spec.encoding in _CELLS else (payload, Compression.NONE)
     return Heatmap(
@@ -151,21 +159,27 @@ def _little_endian(values: FloatArray) -> bytes:
     return values.astype("<f4", copy=False).tobytes()
 
 
-def _codes(values: FloatArray, low: float, high: float, largest: int) -> npt.NDArray[np.float64]:
-    """Codes 0 to `largest`, linear from low to high, to the nearest; all 0 for a constant map."""
-    # float64: in float32 the 65535 steps of PNG16 would already be off by more than rounding.
-    codes = values.astype(np.float64)
-    codes -= low
-    if high > low:
-        codes *= largest / (high - low)
-    return np.rint(codes, out=codes)
+def _codes(values: FloatArray, low: float, high: float, kind: type[_Code]) -> npt.NDArray[_Code]:
+    """Codes from 0 to the type's largest, linear from low to high, to the nearest; all 0 for a constant map."""
+    result = np.empty(values.size, kind)
+    flat = values.reshape(-1)
+    for band in bands(values.size):
+        # float64: in float32 the 65535 steps of PNG16 would already be off by more than rounding.
+        codes = flat[band].astype(np.float64)
+        codes -= low
+        if high > low:
+            codes *= np.iinfo(kind).max / (high - low)
+        result[band] = np.rint(codes, out=codes)
+    return result.reshape(values.shape)
 
 
 def _to_half(values: FloatArray, low: float, high: float) -> npt.NDArray[np.float16]:
     """Rounds to float16; refuses what would be lost: beyond its range, or so small that uint8 would be finer."""
     with np.errstate(over="ignore"):
         halves = values.astype("<f2")
-    error = float(np.abs(halves.astype(np.float64) - values).max())
+    pairs = ((halves.reshape(-1)[band], values.reshape(-1)[band]) for band in bands(values.size))
+    # np.max rather than max, which would lose a NaN.
+    error = float(np.max([np.abs(half.astype(np.float64) - value).max() for half, value in pairs]))
     if not error <= max((high - low) / 510, max(abs(low), abs(high)) / 2048 if high == low else 0.0):
         raise ExecutionFailed(
             Reason.FIELD_INVALID,
@@ -182,19 +196,22 @@ def _png(codes: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
     return file.getvalue()
 
 
-def _overlay(values: FloatArray, spec: Spec, source: ByteArray | None, low: float, high: float) -> bytes:
+def _overlay(codes: ByteArray, spec: Spec, source: ByteArray | None) -> bytes:
     file_format, largest_side, options = _OVERLAYS[spec.encoding]
-    if source is None or source.shape != (*values.shape, 3):
+    if source is None or source.shape != (*codes.shape, 3):
         raise ExecutionFailed(Reason.INTERNAL, f"the source's pixels were not kept for {spec.encoding}")
-    if max(values.shape) > largest_side:
+    if max(codes.shape) > largest_side:
         raise Unsupported(
             Reason.FEATURE_NOT_IMPLEMENTED,
-            f"a {file_format} file has at most {largest_side} pixels a side, the source {max(values.shape)}; ask for overlay-png",
+            f"a {file_format} file has at most {largest_side} pixels a side, the source {max(codes.shape)}; ask for overlay-png",
             metadata={"encoding": spec.encoding, "largestSide": largest_side},
         )
-    codes = _codes(values, low, high, 255).astype(np.uint8)
+    height, width = codes.shape
+    image = Image.new("RGB", (width, height))
+    for band in bands(height, 3 * width):
+        image.paste(Image.fromarray(blend(source[band], codes[band], spec.overlay_opacity)), (0, band.start))
     file = io.BytesIO()
-    Image.fromarray(blend(source, codes, spec.overlay_opacity)).save(file, file_format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from camserve.server.bands import bands
 from camserve.server.errors import InvalidRequest, Reason
 from camserve.server.jobs import ByteArray, PixelFormat, RawFrame
 
@@ -65,8 +66,11 @@ def read_frame(frame: RawFrame) -> ByteArray:
     if frame.pixel_format in _RED:
         return _demosaic(rows, _RED[frame.pixel_format])
     if frame.pixel_format is PixelFormat.MONO16:
-        values = np.ascontiguousarray(rows).view("<u2").astype(np.uint32)
-        return ((values * 255 + 32_767) // 65_535).astype(np.uint8)
+        gray = np.empty((frame.height, frame.width), np.uint8)
+        for band in bands(*gray.shape):
+            values = np.ascontiguousarray(rows[band]).view("<u2").astype(np.uint32)
+            gray[band] = (values * 255 + 32_767) // 65_535
+        return gray
     if pixel_bytes == 3:
         pixels = rows.reshape(frame.height, frame.width, 3)
         return np.ascontiguousarray(pixels[..., ::-1] if frame.pixel_format is PixelFormat.BGR8 else pixels)
@@ -77,14 +81,17 @@ def _demosaic(mosaic: ByteArray, red: tuple[int, int]) -> ByteArray:
     """Interpolates (h w) mosaic values to (h w 3): the mean of the nearest cells of each colour."""
     height, width = mosaic.shape
     # Reflection without repeating the edge keeps the pattern's parity.
-    padded = np.pad(mosaic, 1, mode="reflect").astype(np.uint16)
+    padded = np.pad(mosaic, 1, mode="reflect")
     row_parity = (np.arange(height + 2) - 1) % 2
     column_parity = (np.arange(width + 2) - 1) % 2
     red_rows, red_columns = row_parity == red[0], column_parity == red[1]
     pixels = np.empty((height, width, 3), np.uint8)
-    pixels[..., 0] = _spread(padded * np.outer(red_rows, red_columns), is_green=False)
-    pixels[..., 1] = _spread(padded * (red_rows[:, None] ^ red_columns), is_green=True)
-    pixels[..., 2] = _spread(padded * np.outer(~red_rows, ~red_columns), is_green=False)
+    for band in bands(height, width):
+        around = slice(band.start, band.stop + 2)
+        part, is_red = padded[around].astype(np.uint16), red_rows[around]
+        pixels[band, :, 0] = _spread(part * np.outer(is_red, red_columns), is_green=False)
+        pixels[band, :, 1] = _spread(part * (is_red[:, None] ^ red_columns), is_green=True)
+        pixels[band, :, 2] = _spread(part * np.outer(~is_red, ~red_columns), is_green=False)
     return pixels
 
 

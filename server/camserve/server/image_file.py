@@ -23,6 +23,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from camserve.server.bands import bands
 from camserve.server.image_header import Header, ImageFormat
 
 __all__ = ["Box", "ImageFileError", "Mode", "Pixels", "load_pixels"]
@@ -115,6 +116,7 @@ def _load(data: bytes, header: Header, mode: Mode, least: tuple[int, int] | None
     bits = _stored_bits(image)
     stored_width, stored_height = image.size
     plain = _to_mode(image, mode, bits)
+    del image  # Lest turning hold a third picture.
     if header.format is ImageFormat.TIFF:
         # Pillow has turned it while loading.
         return Pixels(image=plain, width=plain.width, height=plain.height, box=(0, 0, plain.width, plain.height))
@@ -148,7 +150,11 @@ def _to_mode(image: Image.Image, mode: Mode, bits: tuple[int, bool]) -> Image.Im
     if image.mode == mode:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
-        return Image.fromarray(_sixteen_to_eight(np.asarray(image), bits)).convert(mode)
+        eight = Image.new("L", image.size)
+        for band in bands(image.height, image.width):
+            part = np.asarray(image.crop((0, band.start, image.width, band.stop)))
+            eight.paste(Image.fromarray(_sixteen_to_eight(part, bits)), (0, band.start))
+        return eight if mode == "L" else eight.convert(mode)
     if image.mode in ("I", "F", "LAB"):
         kind = {"I": "signed or 32-bit integer", "F": "float", "LAB": "Lab"}[image.mode]
         raise ImageFileError(f"it holds {kind} pixels, whose range is unknown; send 8 or 16 bits, or a tensor")

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from camserve.server.bands import bands
 from camserve.server.jobs import FloatArray, Geometry
 
 __all__ = ["map_geometry", "onto_source", "resample", "to_size"]
@@ -21,13 +22,14 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 Coordinates: TypeAlias = npt.NDArray[np.floating]
 
 
-def resample(values: FloatArray, rows: Coordinates, columns: Coordinates) -> FloatArray:
+def resample(values: FloatArray, rows: Coordinates, columns: Coordinates, out: FloatArray | None = None) -> FloatArray:
     """Reads a map at any coordinates.
 
     Args:
         values: (h w) float32.
         rows: (y) cell coordinates, clamped to [0, h - 1].
         columns: (x) cell coordinates, clamped to [0, w - 1].
+        out: (y x) float32 to write to; None makes one.
 
     Returns:
         (y x) float32.
@@ -36,12 +38,18 @@ def resample(values: FloatArray, rows: Coordinates, columns: Coordinates) -> Flo
     left, right, across = _between(columns, values.shape[1])
     if float(values.max()) - float(values.min()) > _FLOAT32_MAX:
         # The difference of two neighbours would overflow; so rare that its cost does not matter.
-        return resample(values / np.float32(4), rows, columns) * np.float32(4)
+        large = resample(values / np.float32(4), rows, columns, out)
+        large *= np.float32(4)
+        return large
     # This form, unlike a weighted sum, leaves a constant map exactly constant.
     wide = values[:, left] + (values[:, right] - values[:, left]) * across
-    result: FloatArray = wide[lower] - wide[upper]
-    result *= down[:, None]
-    result += wide[upper]
+    result: FloatArray = np.empty((len(rows), len(columns)), np.float32) if out is None else out
+    for band in bands(*result.shape):
+        above = wide[upper[band]]
+        part = wide[lower[band]]
+        part -= above
+        part *= down[band, None]
+        np.add(part, above, out=result[band])
     return result
 
 
@@ -105,11 +113,8 @@ def onto_source(values: FloatArray, geometry: Geometry) -> FloatArray:
     rows = (np.arange(geometry.source_height) - geometry.offset_y) / geometry.scale_y
     columns = (np.arange(geometry.source_width) - geometry.offset_x) / geometry.scale_x
     seen_rows, seen_columns = _seen(rows, height), _seen(columns, width)
-    drawn = resample(values, rows[seen_rows], columns[seen_columns])
-    if drawn.shape == (geometry.source_height, geometry.source_width):
-        return drawn
     result = np.full((geometry.source_height, geometry.source_width), values.min(), np.float32)
-    result[seen_rows, seen_columns] = drawn
+    resample(values, rows[seen_rows], columns[seen_columns], result[seen_rows, seen_columns])
     return result
 
 
