@@ -1,7 +1,9 @@
 import dataclasses
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -59,6 +61,42 @@ class NoDerivative(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> Tensor:
         """Raises as PyTorch's own operators without a derivative do."""
         raise NotImplementedError("derivative for opaque is not implemented")
+
+
+class Token:
+    """Lives as long as what holds it."""
+
+
+class CountGraphs(torch.autograd.Function):
+    """An identity that leaves a token in every graph it becomes part of."""
+
+    alive: ClassVar[weakref.WeakSet[Token]] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        """Hands the values on."""
+        context.token = Token()
+        CountGraphs.alive.add(context.token)
+        return values.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        """Hands them back."""
+        return gradients[0]
+
+
+class GraphNet(nn.Module):
+    """A convolution, whose map every graph is behind, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b 3 h w) to (b classes)."""
+        logits: Tensor = self.head(CountGraphs.apply(self.conv(images)).mean(dim=(2, 3)))
+        return logits
 
 
 class TinyNet(nn.Module):
@@ -425,6 +463,21 @@ def test_a_row_that_breaks_the_model_fails_alone(model: PassModel) -> None:
         isinstance(failure(listed[0]), ExecutionFailed) for (row, _), listed in results(events).items() if row == 1
     )
     assert {key: bits for key, bits in expected.items() if key[0] != 1} == values_of(events)
+
+
+def test_the_graph_is_gone_when_the_last_gradient_is_there() -> None:
+    """Maps are encoded while the pass goes on, and its memory is free by then; without gradients there never is a graph."""
+    model = model_of(GraphNet())
+    gc.collect()
+    top = Target(kind=TargetKind.TOP_K, value=2)
+
+    seen = {}
+    for slug in ("grad-cam", "eigen-cam"):
+        events = run_pass(model, images(1), [(spec(0, slug, ["conv"], target=top),)])
+        seen[slug] = [len(CountGraphs.alive) for _ in events]
+
+    # The prediction, a map for each of two targets, the end.
+    assert {"grad-cam": [1, 1, 0, 0], "eigen-cam": [0, 0, 0, 0]} == seen
 
 
 def test_rows_nobody_waits_for_cost_nothing_more(model: PassModel) -> None:

@@ -153,6 +153,60 @@ def test_every_kind_gives_the_same_bits(loaded: Loaded, rows: int) -> None:
     _check_all(loaded, rows, SIZE)
 
 
+class Small(nn.Module):
+    """In-place activations, one of them called twice, and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, 3, h, w) to (b, 10)."""
+        first = self.relu(self.norm(self.stem(images)))
+        first += 0.5
+        scores: Tensor = self.head(self.relu(self.body(first) + first).mean((2, 3)))
+        return scores
+
+
+@pytest.fixture(scope="module")
+def small(_one_thread: None) -> Mapping[str, Program]:
+    """A small network in every form."""
+    torch.manual_seed(0)
+    network, images, archive = Small().eval(), torch.randn(2, 3, 8, 8), io.BytesIO()
+    torch.export.save(torch.export.export(network, (images,)), archive)
+    archive.seek(0)
+    return {
+        "scripted": load_script(_saved(torch.jit.script(network)), device=CPU),
+        "traced": load_script(_saved(torch.jit.trace(network, images)), device=CPU),
+        "exported": load_export(archive, device=CPU),
+        "eager": EagerProgram(network, device=CPU),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layers", [("stem",), ("relu#0",), ("stem", "norm", "relu#0", "body", "relu#1")])
+def test_a_capture_without_gradients_has_the_same_bits(
+    small: Mapping[str, Program], kind: str, layers: tuple[str, ...]
+) -> None:
+    """Only the graph is missing: no value and no output requires grad, also where the caller has gradients enabled."""
+    taps, images = [TapName.parse(layer) for layer in layers], torch.randn(2, 3, 8, 8)
+    expected = small[kind].capture(taps, images)
+
+    found = small[kind].capture(taps, images, differentiable=False)
+
+    assert expected.outputs.requires_grad
+    assert not found.outputs.requires_grad
+    assert torch.equal(expected.outputs, found.outputs)
+    for tap in taps:
+        assert expected.activations[tap].requires_grad, tap
+        assert not found.activations[tap].requires_grad, tap
+        assert torch.equal(expected.activations[tap], found.activations[tap]), tap
+
+
 @pytest.mark.parametrize("kind", HOOKED_KINDS)
 def test_a_tap_alone_gives_what_it_gives_in_company(loaded: Loaded, kind: str) -> None:
     """Cutting the graph at one tap or keeping it up to an earlier one is the same to the last bit."""

@@ -110,8 +110,13 @@ class HookedProgram:
         self._calls = tuple(calls)
         return outputs
 
-    def capture(self, taps: Sequence[TapName], *inputs: Tensor) -> Capture:
+    def capture(self, taps: Sequence[TapName], *inputs: Tensor, differentiable: bool = True) -> Capture:
         """One forward that keeps the value at each tap. The first one ever runs twice, to see which calls there are.
+
+        Args:
+            taps: what to keep.
+            inputs: as for `run`.
+            differentiable: whether the values require grad and the outputs have a graph back to them.
 
         Raises:
             NotFound: a module, a call or an output of this name does not exist.
@@ -121,7 +126,7 @@ class HookedProgram:
             self.run(*inputs)
         places = {tap: self._place(tap) for tap in taps}
         hooks = tapped(self._modules, set(places.values()), owned=self._owned)
-        with torch.enable_grad(), plain_attention(), hooks as met:
+        with torch.set_grad_enabled(differentiable), plain_attention(), hooks as met:
             outputs = self._module(*_own(inputs))
         self._check_met(places, met)
         return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})

@@ -87,7 +87,7 @@ class Taps:
     """What a tapped forward has met so far.
 
     Attributes:
-        values: the activation kept at each place; every one requires grad.
+        values: the activation kept at each place; every one requires grad, if gradients are enabled.
         counts: how often each tapped path has been called.
     """
 
@@ -116,7 +116,7 @@ def tapped(modules: Modules, places: Collection[TapName], *, owned: Collection[i
                 if place.path == path and place.call == index:
                     value = pick(output, place.output)
                     kept = value.clone()
-                    if not kept.requires_grad:
+                    if torch.is_grad_enabled() and not kept.requires_grad:
                         # The earliest tap on its path: nothing before it is differentiated.
                         kept = kept.detach().requires_grad_()
                     taps.values[place] = kept

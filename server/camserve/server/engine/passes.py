@@ -129,12 +129,17 @@ def run_pass(
         if is_wanted(failure.row):
             yield Mapped(row=failure.row, result=failure.spec_failed)
     mapper = Mapper(model, graph.detached_activations(), distinct_targets(asks, len(rows)))
+    last = max((rank for ask in asks if ask.needs_gradient for rank in mapper.ranks(ask)), default=None)
+    if last is None:
+        graph.release()
     yield from _maps(mapper, [ask for ask in asks if not ask.needs_gradient], None, {}, is_wanted)
     backward = []
     for rank, chosen, sharing in _gradient_steps(mapper, asks, is_wanted):
         with Lap(device) as lap:
             gradients = graph.gradients(chosen, list(dict.fromkeys(tap for ask in sharing for tap in ask.taps)))
         backward.append(lap)
+        if rank == last:
+            graph.release()  # Maps are encoded while the rest of this runs, and need the memory.
         mapper.next_rank()
         yield from _maps(mapper, sharing, rank, gradients, is_wanted)
     yield Closed(
@@ -149,8 +154,9 @@ def _forward(model: PassModel, batch: Tensor, asks: Sequence[Ask]) -> tuple[_Gra
     """Runs the batch once, tapped for all asks; returns the taps that were refused beside what could be had."""
     program = model.program
     inputs = batch.to(program.device, program.dtype if batch.is_floating_point() else batch.dtype)
-    with torch.set_grad_enabled(any(ask.needs_gradient for ask in asks)):
-        captured, refusals = _capture(program, list(dict.fromkeys(tap for ask in asks for tap in ask.taps)), inputs)
+    taps = list(dict.fromkeys(tap for ask in asks for tap in ask.taps))
+    differentiable = any(ask.needs_gradient for ask in asks)
+    captured, refusals = _capture(program, taps, inputs, differentiable=differentiable)
     logits = select_output(captured.outputs, model.output_path)
     if tuple(logits.shape) != (len(batch), model.classes):
         raise ExecutionFailed(
@@ -161,7 +167,9 @@ def _forward(model: PassModel, batch: Tensor, asks: Sequence[Ask]) -> tuple[_Gra
     return _Graph(logits, captured.activations), refusals
 
 
-def _capture(program: Program, taps: Sequence[TapName], inputs: Tensor) -> tuple[Capture, dict[TapName, CamserveError]]:
+def _capture(
+    program: Program, taps: Sequence[TapName], inputs: Tensor, *, differentiable: bool
+) -> tuple[Capture, dict[TapName, CamserveError]]:
     """Captures all taps or, if the program refuses, those that it takes one at a time.
 
     A refusal names one tap, and there may be more. Validation lets few through, so the extra forwards hardly ever run.
@@ -169,20 +177,20 @@ def _capture(program: Program, taps: Sequence[TapName], inputs: Tensor) -> tuple
     if not taps:
         return Capture(outputs=program.run(inputs), activations={}), {}
     try:
-        return program.capture(taps, inputs), {}
+        return program.capture(taps, inputs, differentiable=differentiable), {}
     except CamserveError as error:
         refusals = {taps[0]: error}
     if len(taps) > 1:
         refusals = {}
         for tap in taps:
             try:
-                program.capture([tap], inputs)
+                program.capture([tap], inputs, differentiable=False)
             except CamserveError as error:
                 refusals[tap] = error
     accepted = [tap for tap in taps if tap not in refusals]
     if len(accepted) == len(taps):
         raise ExecutionFailed(Reason.MODEL_FAILED, "the model takes each of the layers alone but not together")
-    captured, _ = _capture(program, accepted, inputs)
+    captured, _ = _capture(program, accepted, inputs, differentiable=differentiable)
     return captured, refusals
 
 
@@ -192,6 +200,11 @@ class _Graph:
     def __init__(self, logits: Tensor, activations: Mapping[TapName, Tensor]) -> None:
         self.logits = logits
         self._activations = activations
+
+    def release(self) -> None:
+        """Frees the graph. Nothing can be differentiated afterwards; detached activations stay with whoever has them."""
+        self.logits = self.logits.detach()
+        self._activations = {}
 
     def detached_activations(self) -> dict[TapName, Tensor]:
         return {tap: value.detach() for tap, value in self._activations.items()}

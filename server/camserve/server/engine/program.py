@@ -87,9 +87,9 @@ class Capture:
     """What one tapped forward leaves.
 
     Attributes:
-        outputs: what the model returned, differentiable with respect to every activation.
-        activations: the value at each tap, as the module returned it, shape (b, ...); every one requires grad. The earliest on
-            a path is a leaf, so nothing before it has a graph.
+        outputs: what the model returned, differentiable with respect to every activation unless that was not wanted.
+        activations: the value at each tap, as the module returned it, shape (b, ...); every one requires grad, or none. The
+            earliest on a path is a leaf, so nothing before it has a graph.
     """
 
     outputs: Any
@@ -158,8 +158,10 @@ class Program(Protocol):
         """One forward without grad; returns what the model returns."""
         ...
 
-    def capture(self, taps: Sequence[TapName], *inputs: Tensor) -> Capture:
+    def capture(self, taps: Sequence[TapName], *inputs: Tensor, differentiable: bool = True) -> Capture:
         """One forward that keeps the value at each tap; `taps` may be empty.
+
+        Without `differentiable` no graph is built, which saves its memory; all values have the same bits.
 
         Raises:
             NotFound: a tap's module does not exist; the message lists near and tappable names.

@@ -155,8 +155,13 @@ class ScriptProgram:
         with torch.no_grad():
             return self._call(self._plain, self._arranged(inputs))
 
-    def capture(self, taps: Sequence[TapName], *inputs: Tensor) -> Capture:
+    def capture(self, taps: Sequence[TapName], *inputs: Tensor, differentiable: bool = True) -> Capture:
         """One forward that keeps the value at each tap. Inputs that require grad keep their graph, taps are then no leaves.
+
+        Args:
+            taps: what to keep.
+            inputs: as for `run`.
+            differentiable: whether the values require grad and the outputs have a graph back to them.
 
         Raises:
             NotFound: a module, a call or an output of this name does not exist.
@@ -164,17 +169,19 @@ class ScriptProgram:
         """
         picks = {tap: self._pick(tap) for tap in taps}
         wanted = tuple(sorted(set(picks.values())))
-        try:
-            outputs, values = self._captured(wanted, inputs)
-        except _OverwrittenCapture:
-            self._be_careful(wanted)
-            outputs, values = self._captured(wanted, inputs)
+        with torch.set_grad_enabled(differentiable):
+            try:
+                outputs, values = self._captured(wanted, inputs)
+            except _OverwrittenCapture:
+                self._be_careful(wanted)
+                outputs, values = self._captured(wanted, inputs)
         activations = {}
         for tap, pick in picks.items():
             value = values[pick]
             if value is None:
                 raise _unusable(tap, f"this input takes a branch that does not call it; {self._others(tap)}")
-            activations[tap] = value
+            # The graph asks for a gradient at every tap; without grad mode nothing came of it but the flag.
+            activations[tap] = value if differentiable else value.detach()
         return Capture(outputs=outputs, activations=activations)
 
     def cut(self, tap: TapName) -> ScriptCut:
@@ -191,8 +198,7 @@ class ScriptProgram:
 
     def _captured(self, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]) -> tuple[Any, Mapping[Pick, Tensor | None]]:
         """One tapped forward, whose captures are known not to have been written to and to leave the outputs as they are."""
-        with torch.enable_grad():
-            outputs, values, versions = self._call(self._tapped_function(wanted), self._arranged(inputs))
+        outputs, values, versions = self._call(self._tapped_function(wanted), self._arranged(inputs))
         if any(
             value is not None and value._version != version for value, version in zip(values, versions, strict=True)
         ):
