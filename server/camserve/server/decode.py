@@ -22,7 +22,7 @@ from camserve.server.models.recipe import InputRecipe
 from camserve.server.preprocess import geometry, place, sample
 from camserve.server.tensors import check_tensor, read_tensor
 
-__all__ = ["DecodeLimits", "Region", "decode", "measure"]
+__all__ = ["DecodeLimits", "Region", "decode", "may_reduce", "measure"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class DecodeLimits:
     """What an input may be at most.
 
     Attributes:
-        max_pixels: of an image or frame; for a tensor, elements of one channel. Decoding takes about 10 bytes a pixel.
+        max_pixels: of an image or frame; for a tensor, elements of one channel. `footprint.py` says what decoding takes.
         max_bytes: of the payload as it arrived.
     """
 
@@ -126,7 +126,7 @@ def _decode(
             f"this model does not take images; send a tensor of {recipe.dtype} {recipe.shape}",
             metadata={"dtype": recipe.dtype, "shape": recipe.shape},
         )
-    pixels, source = _pixels(payload, recipe, keep_source=keep_source, may_reduce=region is None)
+    pixels, source = _pixels(payload, recipe, keep_source=keep_source, is_whole=region is None)
     whole = Region(left=0, top=0, width=pixels.width, height=pixels.height)
     shown = whole if region is None else _checked(region, whole)
     image, box = pixels.image, pixels.box
@@ -151,7 +151,7 @@ def _decode(
 
 
 def _pixels(
-    payload: EncodedImage | RawFrame, recipe: InputRecipe, *, keep_source: bool, may_reduce: bool
+    payload: EncodedImage | RawFrame, recipe: InputRecipe, *, keep_source: bool, is_whole: bool
 ) -> tuple[Pixels, ByteArray | None]:
     """The source's pixels in the recipe's mode and, if asked, as (h w 3) uint8."""
     mode: Mode = "L" if recipe.channels == "gray" else "RGB"
@@ -163,7 +163,7 @@ def _pixels(
         source = (frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=2)) if keep_source else None
         return Pixels(image=image, width=image.width, height=image.height, box=box), source
     header = _header(payload)
-    least = _least(header, recipe) if may_reduce and header.format is ImageFormat.JPEG else None
+    least = _least(header, recipe) if is_whole else None
     try:
         if not keep_source:
             return load_pixels(payload.data, header, mode=mode, least=least), None
@@ -186,8 +186,15 @@ def _as_array(image: Image.Image) -> ByteArray:
     return pixels
 
 
+def may_reduce(header: Header, recipe: InputRecipe) -> bool:
+    """Whether a file shown whole is decoded at half its width and height or less."""
+    return recipe.takes_images and _least(header, recipe) is not None
+
+
 def _least(header: Header, recipe: InputRecipe) -> tuple[int, int] | None:
-    """The size, upright, that resizing will reach; None when no reduced size of at least twice that exists."""
+    """The size, upright, that resizing will reach; None without a reduced size of at least twice that."""
+    if header.format is not ImageFormat.JPEG:
+        return None
     width, height = (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
     placement = place(recipe, width, height)
     return (placement.width, placement.height) if min(width / placement.width, height / placement.height) >= 4 else None

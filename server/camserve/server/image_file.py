@@ -160,7 +160,9 @@ def _to_mode(image: Image.Image, mode: Mode, bits: tuple[int, bool]) -> Image.Im
         raise ImageFileError(f"it holds {kind} pixels, whose range is unknown; send 8 or 16 bits, or a tensor")
     if image.mode in ("RGBa", "La"):
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
-    return image.convert("RGB").convert(mode)
+    # Converting to the same mode would copy.
+    colour = image.convert("RGB")
+    return colour if mode == "RGB" else colour.convert(mode)
 
 
 def _sixteen_to_eight(

@@ -67,6 +67,7 @@ class Header:
         height: likewise.
         orientation: EXIF orientation, 1 to 8; 1 when absent or unreadable.
         tile: (width, height) of a TIFF file's tiles, which are decoded whole however little of them is shown; (0, 0) without.
+        is_buffered: whether a JPEG file takes several passes, for which its decoder holds all coefficients.
     """
 
     format: ImageFormat
@@ -74,6 +75,7 @@ class Header:
     height: int
     orientation: int = 1
     tile: tuple[int, int] = (0, 0)
+    is_buffered: bool = False
 
 
 def read_header(data: bytes) -> Header:
@@ -112,14 +114,16 @@ def _read(data: bytes) -> Header:
 
 def _read_jpeg(data: bytes) -> Header:
     size: tuple[int, int] | None = None
-    is_progressive = False
+    is_progressive = is_buffered = False
+    components = 0
     exif = b""
     for marker, start, stop in _jpeg_segments(data, 2):
         if marker == 0xDA:
+            is_buffered = is_progressive or data[start] < components
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, start + 1)
-            size = (width, height)
+            size, components = (width, height), data[start + 5]
             is_progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
         elif marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
             # Long EXIF data is spread over several segments.
@@ -132,7 +136,13 @@ def _read_jpeg(data: bytes) -> Header:
         scans = sum(marker == 0xDA for marker, _, _ in _jpeg_segments(data, 2))
         if scans > most:
             raise HeaderError(f"it is a {kind} JPEG file of {scans} scans; at most {most} are taken")
-    return Header(format=ImageFormat.JPEG, width=size[0], height=size[1], orientation=_orientation(exif))
+    return Header(
+        format=ImageFormat.JPEG,
+        width=size[0],
+        height=size[1],
+        orientation=_orientation(exif),
+        is_buffered=is_buffered,
+    )
 
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
