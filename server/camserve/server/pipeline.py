@@ -19,6 +19,7 @@ from camserve.server.decode import DecodeLimits, decode, measure
 from camserve.server.door import Door
 from camserve.server.encode import encode, needs_source
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
+from camserve.server.footprint import held_bytes
 from camserve.server.metrics import Metrics
 from camserve.server.models.repository import ServedModel
 from camserve.server.prediction import predict
@@ -56,7 +57,7 @@ class Pipeline:
         """
         clock = _Clock(job, self._metrics)
         # An InvalidRequest from here on is about the input: what else may be wrong with a request was looked at before.
-        with _at_input(job), self._door.enter(_held_bytes(job, model, measure(job.payload, self._decode_limits))):
+        with _at_input(job), self._door.enter(_held_bytes(job, model, self._decode_limits)):
             with clock.stage("decode"), self._queue.announced(model):
                 sample = await clock.within(self._in_worker(self._decode(job, model)))
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
@@ -211,16 +212,24 @@ def _at_input(job: jobs.Job) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        raise error.at(job.payload.FIELD) from error
+        error.at(job.payload.FIELD)
+        raise
 
 
-def _held_bytes(job: jobs.Job, model: ServedModel, pixels: int) -> int:
-    """What the request keeps in memory: its payload, its decoded pixels while it is being decoded, its row."""
-    recipe = model.card.recipe
-    row = 4
-    for size in recipe.shape:
-        row *= size
-    return len(job.payload.data) + 3 * pixels + row
+def _held_bytes(job: jobs.Job, model: ServedModel, limits: DecodeLimits) -> int:
+    """What the request keeps in memory at its worst; only the input's header is looked at."""
+    source_maps = sum(
+        spec.target.value if spec.target.kind is jobs.TargetKind.TOP_K else 1
+        for spec in job.specs
+        if needs_source(spec) or spec.size is jobs.MapSize.SOURCE
+    )
+    return held_bytes(
+        job.payload,
+        model.card.recipe,
+        pixels=measure(job.payload, limits),
+        keep_source=any(needs_source(spec) for spec in job.specs),
+        source_size_maps=source_maps,
+    )
 
 
 def _row_failure(outcome: object) -> CamserveError:
