@@ -9,7 +9,7 @@ from camserve.server import jobs
 from camserve.server.cam.methods import METHODS
 from camserve.server.errors import CamserveError, InvalidRequest, NotFound, Reason, Unsupported
 from camserve.server.models.card import MethodCard
-from camserve.server.validate import RequestLimits, check_job
+from camserve.server.validate import RequestLimits, check_job, check_size
 
 LIMITS = RequestLimits(max_specs=3, max_maps=6)
 TENSOR = jobs.TensorInput(dtype="float32", shape=(3, 32, 32), data=b"")
@@ -49,10 +49,19 @@ def test_what_the_model_can_do_passes(request_):
     check_job(request_, card(), LIMITS)
 
 
+def test_too_many_specs_are_told_by_their_number():
+    """The count alone decides, so that they need not be read; the limit itself is allowed."""
+    check_size(LIMITS.max_specs, LIMITS)
+
+    with pytest.raises(InvalidRequest) as caught:
+        check_size(LIMITS.max_specs + 1, LIMITS)
+
+    assert (Reason.TOO_MANY_SPECS, "specs") == (caught.value.reason, caught.value.field)
+
+
 @pytest.mark.parametrize(
     ("request_", "kind", "reason", "field"),
     [
-        (job(*(spec(index) for index in range(4))), InvalidRequest, Reason.TOO_MANY_SPECS, "specs"),
         (job(*(target(jobs.TargetKind.TOP_K, 4),) * 2), InvalidRequest, Reason.TOO_MANY_SPECS, "specs"),
         (job(top_k=0), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "top_k"),
         (job(top_k=5), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "top_k"),
