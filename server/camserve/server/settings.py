@@ -38,7 +38,11 @@ class Settings(BaseSettings):
         0.005, ge=0, le=1, description="How long a pass may wait for requests that are being decoded right now."
     )
     max_requests: int = Field(256, ge=1, description="Most requests past the door at once; more are told to come back.")
-    max_held_bytes: int = Field(1 << 30, ge=1 << 20, description="Most bytes of inputs held at once.")
+    max_held_bytes: int = Field(
+        2 << 30,
+        ge=1 << 20,
+        description="Most bytes held for requests, by an upper estimate of each one's peak in decoding and encoding.",
+    )
     max_request_bytes: int = Field(64 << 20, ge=1 << 16, description="Largest request message.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, judged by its header before decoding.")
     max_specs: int = Field(32, ge=1, description="Most explanations in one request.")
