@@ -169,6 +169,7 @@ class App:
         self.metrics.draining.set(1)
         _log.info("draining", requests=self._door.inside)
         await self._health.drain()
+        # Time itself is what is waited for: no balancer tells when it has noticed.
         await asyncio.sleep(self.settings.drain_delay_seconds)
         self._door.close()
         with contextlib.suppress(TimeoutError):

@@ -142,11 +142,9 @@ def _contained(work: Callable[[], _T]) -> _T:
     """Runs foreign code; what would end the process or cannot travel in a Future becomes an ordinary error."""
     try:
         return work()
-    except StopIteration as error:
-        raise RuntimeError(f"StopIteration: {error}") from error
-    except Exception:
-        raise
     except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 

@@ -60,6 +60,7 @@ class NoDerivative(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
         """Raises as PyTorch's own operators without a derivative do."""
+        # What torch itself raises for an operator without a derivative.
         raise NotImplementedError("derivative for opaque is not implemented")
 
 
