@@ -289,7 +289,7 @@ _TABLE = (
     Method(
         slug="xgrad-cam",
         title="XGrad-CAM",
-        paper="Fu et al., Axiom-based Grad-CAM, arXiv:2008.02312, section 3: weight sum_ij g A / sum_ij A",
+        paper="Fu et al., Axiom-based Grad-CAM, arXiv:2008.02312: weight sum_ij g A / sum_ij A",
         needs=_GRADIENT,
         rectifies=True,
         work=WorkClass.ONE_GRADIENT,
@@ -299,7 +299,7 @@ _TABLE = (
     Method(
         slug="hirescam",
         title="HiResCAM",
-        paper="Draelos and Carin, Use HiResCAM instead of Grad-CAM, arXiv:2011.08891, section 3: sum_k g_k A_k cell by cell",
+        paper="Draelos and Carin, Use HiResCAM instead of Grad-CAM, arXiv:2011.08891: sum_k g_k A_k cell by cell",
         needs=_GRADIENT,
         rectifies=True,
         work=WorkClass.ONE_GRADIENT,
