@@ -22,7 +22,7 @@ __all__ = ["FinishedMap", "finish", "fuse", "is_constant", "normalise", "rectify
 
 # A range of fewer steps than this at the map's magnitude is what summing channels leaves of a constant in float32.
 _ROUNDING_STEPS = 16
-# LayerCAM's gamma (IEEE TIP 30, 2021, section III-C), also torchcam's.
+# LayerCAM's gamma (IEEE TIP 30, 2021), also torchcam's.
 _LAYERCAM_GAMMA = 2.0
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
