@@ -17,7 +17,18 @@ from torch import Tensor
 
 from camserve.server.errors import NotFound, Reason
 
-__all__ = ["Call", "Capture", "Cut", "Digests", "Program", "ProgramKind", "TapName"]
+__all__ = [
+    "ATTENTION",
+    "INPUT",
+    "BackwardRule",
+    "Call",
+    "Capture",
+    "Cut",
+    "Digests",
+    "Program",
+    "ProgramKind",
+    "TapName",
+]
 
 
 class ProgramKind(enum.StrEnum):
@@ -26,6 +37,19 @@ class ProgramKind(enum.StrEnum):
     TORCHSCRIPT = "torchscript"
     EXPORT = "export"
     EAGER = "eager"
+
+
+class BackwardRule(enum.StrEnum):
+    """How a capture differentiates. The forward's values are the same under the first three."""
+
+    PLAIN = "plain"
+    """As the model says."""
+    GUIDED = "guided"
+    """Guided backpropagation (arXiv:1412.6806): each ReLU passes a gradient on only where it and the ReLU's input are positive."""
+    DECONVNET = "deconvnet"
+    """Deconvnet (arXiv:1311.2901): each ReLU passes a gradient on only where the gradient is positive, whatever its input."""
+    ATTENTION = "attention"
+    """Fused attention is computed step by step, so that its probabilities can be tapped; last bits of the forward may move."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +87,13 @@ class TapName:
         call = "" if self.call is None else f"#{self.call}"
         output = "" if self.output is None else f":{self.output}"
         return f"{self.path}{call}{output}"
+
+
+INPUT = TapName("@input")
+"""Stands for the model's own input among taps; the pass resolves it, programs never see it."""
+
+ATTENTION = TapName("@attention")
+"""Under `BackwardRule.ATTENTION`, taps the probabilities of every attention; they come back as `@attention#0`, `@attention#1` …"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +151,14 @@ class Cut(Protocol):
         """Runs the rest on `activation` (its batch size must be the crossing's); neither argument is changed."""
         ...
 
+    def spread(self, crossing: Any, rows: int) -> Any:
+        """What crosses the cut for `rows` copies of the one row that `front` was given, without running it again.
+
+        Raises:
+            Unsupported: it cannot be told which of the crossing values belong to the row; the message says what to do.
+        """
+        ...
+
 
 class Program(Protocol):
     """A loaded model. Its parameters are frozen, it is in eval mode and is never changed by what is done here.
@@ -158,15 +197,34 @@ class Program(Protocol):
         """One forward without grad; returns what the model returns."""
         ...
 
-    def capture(self, taps: Sequence[TapName], *inputs: Tensor, differentiable: bool = True) -> Capture:
+    def biases(self) -> Mapping[TapName, Tensor]:
+        """What each affine layer adds to its output, (c), in order of execution; FullGrad's bias gradients start there.
+
+        A convolution or a linear layer adds its bias, a batch normalisation in eval mode `bias - running_mean * weight /
+        sqrt(running_var + eps)`. Layers that add nothing are left out; a layer called several times is listed once a call.
+
+        Raises:
+            Unsupported: a layer's constant cannot be told, so that a sum over those listed would not be complete.
+        """
+        ...
+
+    def capture(
+        self,
+        taps: Sequence[TapName],
+        *inputs: Tensor,
+        differentiable: bool = True,
+        rule: BackwardRule = BackwardRule.PLAIN,
+    ) -> Capture:
         """One forward that keeps the value at each tap; `taps` may be empty.
 
-        Without `differentiable` no graph is built, which saves its memory; all values have the same bits.
+        Without `differentiable` no graph is built, which saves its memory; all values have the same bits. An input that requires
+        grad keeps its graph: outputs and activations can then be differentiated with respect to it, and taps are no leaves.
 
         Raises:
             NotFound: a tap's module does not exist; the message lists near and tappable names.
             Unsupported: it exists but cannot be tapped in this kind of program, or returns several tensors and the tap names
-                none of them; the message says which names would do.
+                none of them; the message says which names would do. Or the rule cannot be applied to this program: the message
+                names the operators or modules in the way, and what would work.
         """
         ...
 
