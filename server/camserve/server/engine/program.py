@@ -45,7 +45,7 @@ class BackwardRule(enum.StrEnum):
     PLAIN = "plain"
     """As the model says."""
     GUIDED = "guided"
-    """Guided backpropagation (arXiv:1412.6806): each ReLU passes a gradient on only where it and the ReLU's input are positive."""
+    """Guided backpropagation (arXiv:1412.6806): a ReLU passes a gradient on where it and the ReLU's input are positive."""
     DECONVNET = "deconvnet"
     """Deconvnet (arXiv:1311.2901): each ReLU passes a gradient on only where the gradient is positive, whatever its input."""
     ATTENTION = "attention"
@@ -93,7 +93,7 @@ INPUT = TapName("@input")
 """Stands for the model's own input among taps; the pass resolves it, programs never see it."""
 
 ATTENTION = TapName("@attention")
-"""Under `BackwardRule.ATTENTION`, taps the probabilities of every attention; they come back as `@attention#0`, `@attention#1` …"""
+"""Under `BackwardRule.ATTENTION`, taps every attention's probabilities, (b heads queries keys); they come as `@attention#0` …"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
