@@ -1,0 +1,78 @@
+"""The table of methods. Adding one means adding to one of the family files beside this one, where its formula and paper stand.
+
+What a method is made of: `method.py`. Who calls: `engine/` makes the maps, `validate.py`, the loader and the docs read the table.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from camserve.server.cam.methods.attention import ATTENTION
+from camserve.server.cam.methods.components import COMPONENTS, first_component
+from camserve.server.cam.methods.input_space import INPUT_SPACE
+from camserve.server.cam.methods.method import (
+    Amplified,
+    Arithmetic,
+    Contrast,
+    Evidence,
+    Family,
+    Layerwise,
+    Method,
+    Need,
+    Reads,
+    Scene,
+    Step,
+    Whole,
+    WorkClass,
+)
+from camserve.server.cam.methods.perturbation import PERTURBATION
+from camserve.server.cam.methods.weights import WEIGHTED
+from camserve.server.errors import Reason, Unsupported
+
+__all__ = [
+    "METHODS",
+    "Amplified",
+    "Arithmetic",
+    "Contrast",
+    "Evidence",
+    "Family",
+    "Layerwise",
+    "Method",
+    "Need",
+    "Reads",
+    "Scene",
+    "Step",
+    "Whole",
+    "WorkClass",
+    "find_method",
+    "first_component",
+]
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {method.slug: method for method in (*WEIGHTED, *COMPONENTS, *PERTURBATION, *INPUT_SPACE, *ATTENTION)}
+)
+
+
+def find_method(text: str) -> Method:
+    """Finds a method by its slug; case, hyphens, underscores and spaces do not matter, so `GradCAM++` is `grad-cam++`.
+
+    Raises:
+        Unsupported: there is none of that name; the message tells the nearest and all that exist.
+    """
+    known = {_squeeze(slug): method for slug, method in METHODS.items()}
+    wanted = _squeeze(text)
+    if wanted in known:
+        return known[wanted]
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {known[near[0]].slug!r}?" if near else ""
+    raise Unsupported(
+        Reason.METHOD_NOT_IMPLEMENTED,
+        f"method {text!r} is not known{hint}; known methods: {', '.join(METHODS)}",
+        metadata={"method": text, "known": ", ".join(METHODS)},
+    )
+
+
+def _squeeze(text: str) -> str:
+    return text.casefold().translate({ord(mark): None for mark in "-_ "})
