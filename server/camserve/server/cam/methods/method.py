@@ -1,7 +1,7 @@
 """What a method is: an entry of the table, what it is computed from, and the three forms its arithmetic can take.
 
-The files beside this one hold the methods, a family each; `__init__.py` joins them into the table. `engine/` prepares what a method needs
-and calls it. A method never sees a model: only tensors, or the questions a `Scene` answers.
+The files beside this one hold the methods, a family each; `__init__.py` joins them into the table. `engine/` prepares what a
+method needs and calls it. A method never sees a model: only tensors, or the questions a `Scene` answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a model's outputs are read: what is told as the prediction, what a target means, and the number that is differentiated.
 
-One `Readout` is made from the outputs of one pass, by `read` in `__init__.py`; there is a class for each kind of output. `passes.py`
-asks it for readings, then for the aims of each spec, then for scores; amplified methods ask for the scores of other inputs.
+One `Readout` is made from the outputs of one pass, by `read` in `__init__.py`; there is a class for each kind of output.
+`passes.py` asks it for readings, then for the aims of each spec, then for scores; amplified methods score other inputs.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class Aim:
 
 
 class Readout(Protocol):
-    """The outputs of one pass, read as one kind. Whole-batch operations only, each touching a row's own values alone: the scores
-    and gradients of a row have the same bits whatever other rows ask for.
+    """The outputs of one pass, read as one kind.
+
+    Whole-batch operations only, each touching a row's own values alone: the scores and gradients of a row have the same bits
+    whatever other rows ask for.
     """
 
     @property
