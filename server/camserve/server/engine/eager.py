@@ -5,13 +5,16 @@ Taps are forward hooks that live for one forward; calls are known after the firs
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import torch
 from torch import nn
 
+from camserve.server.engine.eager_relu import gated_modules
 from camserve.server.engine.hooked import HookedProgram
-from camserve.server.engine.program import ProgramKind
+from camserve.server.engine.hooked_relu import GATES
+from camserve.server.engine.program import BackwardRule, ProgramKind
 
 __all__ = ["EagerProgram"]
 
@@ -46,6 +49,9 @@ class EagerProgram(HookedProgram):
             device=torch.device(device),
             dtype=dtype,
         )
+
+    def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
+        return gated_modules(self._module, self._modules, rule) if rule in GATES else contextlib.nullcontext()
 
 
 def _code_of(module: nn.Module) -> str:

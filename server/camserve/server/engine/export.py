@@ -6,6 +6,7 @@ hooks on `ExportedProgram.module()` never fire; outputs, activations and gradien
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import zipfile
@@ -17,10 +18,12 @@ import torch
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
+from camserve.server.engine.export_relu import gated_nodes
 from camserve.server.engine.export_safety import check_archive
 from camserve.server.engine.hooked import HookedProgram
+from camserve.server.engine.hooked_relu import GATES
 from camserve.server.engine.look import message_of
-from camserve.server.engine.program import ProgramKind
+from camserve.server.engine.program import BackwardRule, ProgramKind
 from camserve.server.errors import NotFound, Reason, Unsupported
 
 __all__ = ["ExportProgram", "load_export"]
@@ -65,6 +68,9 @@ class ExportProgram(HookedProgram):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by the names they had in the eager model."""
         return {_CALL_SUFFIX.sub("", name): tensor for name, tensor in super().tensors().items()}
+
+    def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
+        return gated_nodes(self._module, rule) if rule in GATES else contextlib.nullcontext()
 
 
 def load_export(

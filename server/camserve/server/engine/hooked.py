@@ -6,7 +6,9 @@ and `export.py` construct it; the hooks themselves are in `hooks.py`, cuts in `r
 
 from __future__ import annotations
 
+import abc
 import collections
+import contextlib
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.hooks import Taps, addresses_of, plain_attention, recorded, tapped
-from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.program import BackwardRule, Call, Capture, Digests, ProgramKind, TapName
 from camserve.server.engine.rerun import RerunCut
 from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
 
@@ -25,7 +27,7 @@ __all__ = ["HookedProgram"]
 _NAMES_IN_A_MESSAGE = 12
 
 
-class HookedProgram:
+class HookedProgram(abc.ABC):
     """A `Program` over an `nn.Module`: hooks during a forward, none before or after.
 
     Which calls a forward makes is seen by running one. `calls()` therefore needs a forward first, with the model's own input;
@@ -110,26 +112,38 @@ class HookedProgram:
         self._calls = tuple(calls)
         return outputs
 
-    def capture(self, taps: Sequence[TapName], *inputs: Tensor, differentiable: bool = True) -> Capture:
+    def capture(
+        self,
+        taps: Sequence[TapName],
+        *inputs: Tensor,
+        differentiable: bool = True,
+        rule: BackwardRule = BackwardRule.PLAIN,
+    ) -> Capture:
         """One forward that keeps the value at each tap. The first one ever runs twice, to see which calls there are.
 
         Args:
             taps: what to keep.
-            inputs: as for `run`.
+            inputs: as for `run`; one that requires grad keeps its graph, and taps behind it are no leaves.
             differentiable: whether the values require grad and the outputs have a graph back to them.
+            rule: how to differentiate.
 
         Raises:
             NotFound: a module, a call or an output of this name does not exist.
-            Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant.
+            Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant; or the rule
+                cannot be applied to this program.
         """
         if self._calls is None:
             self.run(*inputs)
         places = {tap: self._place(tap) for tap in taps}
         hooks = tapped(self._modules, set(places.values()), owned=self._owned)
-        with torch.set_grad_enabled(differentiable), plain_attention(), hooks as met:
+        with torch.set_grad_enabled(differentiable), plain_attention(), self._under(rule), hooks as met:
             outputs = self._module(*_own(inputs))
         self._check_met(places, met)
         return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})
+
+    @abc.abstractmethod
+    def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
+        """Makes the forward in its body follow a rule, and refuses at its end where the rule could not be applied."""
 
     def cut(self, tap: TapName) -> RerunCut:
         """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from camserve.server.engine.hooks import Modules, handed_on, pick, plain_attention, put, tensors_of
+from camserve.server.engine.hooks import Modules, forward_replaced, handed_on, pick, plain_attention, put, tensors_of
 from camserve.server.engine.program import TapName
 from camserve.server.errors import Reason, Unsupported
 
@@ -96,7 +96,7 @@ class RerunCut:
         with torch.set_grad_enabled(with_grad), plain_attention(), contextlib.ExitStack() as changes:
             for path, module in self._modules:
                 if path in replayed:
-                    changes.enter_context(_forward_replaced(module, tail.replay(path, module.forward)))
+                    changes.enter_context(forward_replaced(module, tail.replay(path, module.forward)))
                 if path in replayed or path == self._place.path:
                     changes.callback(module.register_forward_hook(tail.finisher(path), with_kwargs=True).remove)
             outputs = self._module(*(tensor.clone() for tensor in inputs))
@@ -188,25 +188,10 @@ class _Tail:
                 return output
             self.is_replaced = True
             value = pick(output, self._place.output)
-            value = pick(output, self._place.output)
             onward = handed_on(self._activation, value, (args, kwargs), self._owned)
             return put(output, self._place.output, onward)
 
         return finish
-
-
-@contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Gives one module another `forward` inside the body; hooks alone cannot skip a call."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
 
 
 def _copied(output: Any) -> Any:
