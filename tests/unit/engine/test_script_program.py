@@ -191,7 +191,7 @@ def test_functions_are_kept_per_set_of_taps_and_their_number_is_bounded() -> Non
         for second in layers:
             program.capture([TapName.parse(first), TapName.parse(second)], x)
 
-    assert 28 == len(program._tapped)
+    assert 28 == len(program._plain._tapped)
 
 
 def test_unknown_layers_get_near_names_and_a_capped_list() -> None:

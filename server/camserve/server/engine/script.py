@@ -13,8 +13,6 @@ whose forward calls no module. They stay the same as long as the file does.
 from __future__ import annotations
 
 import collections
-import dataclasses
-import difflib
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,18 +24,15 @@ from torch import Tensor
 
 from camserve.server.engine import script_graph as graphs
 from camserve.server.engine.digests import digest_tensors
-from camserve.server.engine.program import Call, Capture, Digests, ProgramKind, TapName
-from camserve.server.engine.script_memory import Hazards, Memory
-from camserve.server.engine.script_places import Place, places
-from camserve.server.engine.script_taps import CutGraphs, Pick, cut_graphs, tapped_graph, unmarked_graph
+from camserve.server.engine.program import BackwardRule, Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
+from camserve.server.engine.script_rules import ruled_graph
+from camserve.server.engine.script_taps import CutGraphs, Pick, cut_graphs
 from camserve.server.engine.script_values import copied, is_same
 from camserve.server.errors import NotFound, Reason, Unsupported
 
 __all__ = ["ScriptCut", "ScriptProgram", "load_script"]
 
-# A compiled function holds a graph, not weights: some hundred kilobytes. Requests use few combinations of layers.
-_FUNCTIONS_KEPT = 32
-_NAMES_IN_A_MESSAGE = 12
 # How torch's operators complain of mixed dtypes; there is no exception type for it.
 _DTYPES_DIFFER = re.compile(r"dtype|scalar type|should be the same|same type")
 _SHARED = (
@@ -108,15 +103,12 @@ class ScriptProgram:
         self._is_converted = bool(floating - {dtype})
         self._arguments = graphs.forward_arguments(self._archive)
         self._code = graphs.code_of(self._archive)
-        self._marked = graphs.marked_graph(self._archive, device, dtype)
-        memory = Memory(self._marked)
-        self._places = places(self._marked, memory)
-        self._copies_inputs = memory.writes_inputs()
-        self._calls, self._at = _numbered(self._places)
-        self._plain = graphs.compiled("forward", unmarked_graph(self._marked))
-        self._tapped: collections.OrderedDict[tuple[Pick, ...], Callable[..., Any]] = collections.OrderedDict()
-        self._cuts: collections.OrderedDict[Pick, ScriptCut] = collections.OrderedDict()
-        self._verified: set[tuple[Pick, ...]] = set()
+        self._modules = frozenset(path for path, _ in self._archive.named_modules())
+        self._plain = Form(graphs.marked_graph(self._archive, device, dtype), self._modules)
+        self._forms: dict[tuple[BackwardRule, bool], Form] = {}
+        self._copies_inputs = self._plain.writes_inputs
+        self._cuts: collections.OrderedDict[tuple[bool, Pick], ScriptCut] = collections.OrderedDict()
+        self._verified: set[tuple[int, tuple[Pick, ...]]] = set()
 
     @property
     def kind(self) -> ProgramKind:
@@ -138,13 +130,17 @@ class ScriptProgram:
 
         Both branches of a condition that only the input decides are listed.
         """
-        return self._calls
+        return self._plain.calls
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Parameters, buffers and other tensors of the archive by name; those baked into its code as `constant.0` and so on."""
         named: dict[str, Tensor] = dict(self._archive.named_parameters())
         named |= dict(self._archive.named_buffers())
-        return named | graphs.attribute_tensors(self._marked, self._archive) | graphs.constant_tensors(self._marked)
+        return (
+            named
+            | graphs.attribute_tensors(self._plain.graph, self._archive)
+            | graphs.constant_tensors(self._plain.graph)
+        )
 
     def digests(self) -> Digests:
         """What the program is: its tensors as held here (device and dtype applied), and the code of all its methods."""
@@ -153,79 +149,100 @@ class ScriptProgram:
     def run(self, *inputs: Tensor) -> Any:
         """One forward without grad; the inputs are not changed."""
         with torch.no_grad():
-            return self._call(self._plain, self._arranged(inputs))
+            return self._call(self._plain.plain, self._arranged(inputs))
 
-    def capture(self, taps: Sequence[TapName], *inputs: Tensor, differentiable: bool = True) -> Capture:
+    def capture(
+        self,
+        taps: Sequence[TapName],
+        *inputs: Tensor,
+        differentiable: bool = True,
+        rule: BackwardRule = BackwardRule.PLAIN,
+    ) -> Capture:
         """One forward that keeps the value at each tap. Inputs that require grad keep their graph, taps are then no leaves.
 
         Args:
             taps: what to keep.
             inputs: as for `run`.
             differentiable: whether the values require grad and the outputs have a graph back to them.
+            rule: how to differentiate.
 
         Raises:
             NotFound: a module, a call or an output of this name does not exist.
-            Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant.
+            Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant; or the rule
+                cannot be applied to this program.
         """
-        picks = {tap: self._pick(tap) for tap in taps}
+        form = self._form(rule, taps)
+        picks = {tap: form.pick(tap) for tap in taps}
         wanted = tuple(sorted(set(picks.values())))
         with torch.set_grad_enabled(differentiable):
-            try:
-                outputs, values = self._captured(wanted, inputs)
-            except _OverwrittenCapture:
-                self._be_careful(wanted)
-                outputs, values = self._captured(wanted, inputs)
+            outputs, values = self._carefully_captured(form, wanted, inputs)
         activations = {}
         for tap, pick in picks.items():
             value = values[pick]
             if value is None:
-                raise _unusable(tap, f"this input takes a branch that does not call it; {self._others(tap)}")
+                raise unusable(tap, f"this input takes a branch that does not call it; {form.others(tap)}")
             # The graph asks for a gradient at every tap; without grad mode nothing came of it but the flag.
             activations[tap] = value if differentiable else value.detach()
         return Capture(outputs=outputs, activations=activations)
 
     def cut(self, tap: TapName) -> ScriptCut:
         """Cuts at one tap; each half runs only its own part. Raises as `capture` does, and for a tap inside a branch."""
-        pick = self._pick(tap)
-        if self._places[pick[0]].conditional:
-            raise _unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
-        if pick not in self._cuts:
-            self._cuts[pick] = ScriptCut(self, tap, cut_graphs(self._marked, pick, self._places))
-            if len(self._cuts) > _FUNCTIONS_KEPT:
+        form = self._form(BackwardRule.PLAIN, [tap])
+        pick = form.pick(tap)
+        if form.places[pick[0]].conditional:
+            raise unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
+        key = (form is self._plain, pick)
+        if key not in self._cuts:
+            self._cuts[key] = ScriptCut(self, tap, cut_graphs(form.graph, pick, form.places))
+            if len(self._cuts) > FUNCTIONS_KEPT:
                 self._cuts.popitem(last=False)
-        self._cuts.move_to_end(pick)
-        return self._cuts[pick]
+        self._cuts.move_to_end(key)
+        return self._cuts[key]
 
-    def _captured(self, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]) -> tuple[Any, Mapping[Pick, Tensor | None]]:
+    def _form(self, rule: BackwardRule, taps: Sequence[TapName] = ()) -> Form:
+        """The form of a rule; one with named operators if a tap asks for an operator of an archive that has modules."""
+        has_operators = any(call.path.startswith("op.") for call in self._plain.calls)
+        names_operators = not has_operators and any(tap.path.startswith("op.") for tap in taps)
+        if (rule, names_operators) == (BackwardRule.PLAIN, False):
+            return self._plain
+        if (rule, names_operators) not in self._forms:
+            graph = graphs.operators_marked(self._plain.graph) if names_operators else self._plain.graph
+            graph = graph if rule is BackwardRule.PLAIN else ruled_graph(graph, rule)
+            self._forms[rule, names_operators] = Form(graph, self._modules)
+        return self._forms[rule, names_operators]
+
+    def _carefully_captured(
+        self, form: Form, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]
+    ) -> tuple[Any, Mapping[Pick, Tensor | None]]:
+        """One tapped forward; another with copies if the first shows that something is written which no schema tells of."""
+        try:
+            return self._captured(form, wanted, inputs)
+        except _OverwrittenCapture:
+            form.be_careful(wanted)
+            # An input that requires grad must not be written to either.
+            self._copies_inputs = True
+        try:
+            return self._captured(form, wanted, inputs)
+        except _OverwrittenCapture as error:
+            raise Unsupported(Reason.LAYER_UNUSABLE, _SHARED) from error
+
+    def _captured(
+        self, form: Form, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]
+    ) -> tuple[Any, Mapping[Pick, Tensor | None]]:
         """One tapped forward, whose captures are known not to have been written to and to leave the outputs as they are."""
-        outputs, values, versions = self._call(self._tapped_function(wanted), self._arranged(inputs))
+        outputs, values, versions = self._call(form.tapped(wanted), self._arranged(inputs))
         if any(
             value is not None and value._version != version for value, version in zip(values, versions, strict=True)
         ):
             raise _OverwrittenCapture
-        uncertain = [pick for pick in wanted if self._places[pick[0]].hazards.uncertain]
-        if uncertain and wanted not in self._verified:
-            if not is_same(outputs, self.run(*inputs)):
-                raise Unsupported(
-                    Reason.LAYER_UNUSABLE, _SHARED, metadata={"layer": self._places[uncertain[0][0]].path}
-                )
-            self._verified.add(wanted)
+        uncertain = [pick for pick in wanted if form.places[pick[0]].hazards.uncertain]
+        if uncertain and (id(form), wanted) not in self._verified:
+            with torch.no_grad():
+                expected = self._call(form.plain, self._arranged(inputs))
+            if not is_same(outputs, expected):
+                raise Unsupported(Reason.LAYER_UNUSABLE, _SHARED, metadata={"layer": form.places[uncertain[0][0]].path})
+            self._verified.add((id(form), wanted))
         return outputs, dict(zip(wanted, values, strict=True))
-
-    def _be_careful(self, wanted: Sequence[Pick]) -> None:
-        """Taps these calls with every copy from now on: an operator shares memory although its schema denies it."""
-        for number, _ in wanted:
-            hazards = Hazards(copy_capture=True, copy_onward=True, uncertain=True)
-            self._places[number] = dataclasses.replace(self._places[number], hazards=hazards)
-        self._tapped.clear()
-
-    def _tapped_function(self, picks: tuple[Pick, ...]) -> Callable[..., Any]:
-        if picks not in self._tapped:
-            self._tapped[picks] = graphs.compiled("tapped", tapped_graph(self._marked, picks, self._places))
-            if len(self._tapped) > _FUNCTIONS_KEPT:
-                self._tapped.popitem(last=False)
-        self._tapped.move_to_end(picks)
-        return self._tapped[picks]
 
     def _call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         try:
@@ -266,40 +283,6 @@ class ScriptProgram:
         missing = self._arguments[len(arguments) :]
         return [*arguments, *(argument.default_value for argument in missing if argument.has_default_value())]
 
-    def _pick(self, tap: TapName) -> Pick:
-        """Finds the tensor a tap names."""
-        numbers = self._at.get(tap.path)
-        if numbers is None:
-            raise self._missing(tap)
-        if tap.call is not None and tap.call >= len(numbers):
-            raise _not_found(tap, f"'{tap.path}' is called {len(numbers)} times: {self._names(tap.path)}")
-        place = self._places[numbers[-1 if tap.call is None else tap.call]]
-        if place.refusal:
-            raise _unusable(tap, f"{place.refusal}; {self._others(tap)}")
-        names = _listed([str(TapName(tap.path, tap.call, key)) for key in place.keys])
-        if tap.output is None and place.keys:
-            raise _unusable(tap, f"it returns several tensors; name one: {names}")
-        if tap.output is not None and tap.output not in place.keys:
-            raise _not_found(tap, f"known: {names}" if names else f"it returns one tensor; write '{tap.path}'")
-        return place.number, tap.output or ""
-
-    def _missing(self, tap: TapName) -> NotFound | Unsupported:
-        if tap.path in dict(self._archive.named_modules()):
-            return _unusable(
-                tap,
-                "the forward never calls it: it holds layers, is unused, or does nothing that a trace records",
-            )
-        return _not_found(tap, self._others(tap))
-
-    def _others(self, tap: TapName) -> str:
-        tappable = list(dict.fromkeys(place.path for place in self._places if not place.refusal))
-        near = difflib.get_close_matches(tap.path, [path for path in tappable if path != tap.path], n=5, cutoff=0.5)
-        hint = f"near names: {_listed(near)}; " if near else ""
-        return f"{hint}layers that can be tapped: {_listed(sorted(tappable, key=lambda path: path.count('.')))}"
-
-    def _names(self, path: str) -> str:
-        return _listed([f"{path}#{index}" for index in range(len(self._at[path]))])
-
 
 class _OverwrittenCapture(Exception):
     """Something wrote into a captured value; never leaves this file."""
@@ -337,7 +320,7 @@ class ScriptCut:
             activation, *crossing = program._call(self._front, program._arranged(inputs))
             if not self._is_verified:
                 if not is_same(self.tail(activation, crossing), program.run(*inputs)):
-                    raise _unusable(self._tap, _SHARED)
+                    raise unusable(self._tap, _SHARED)
                 self._is_verified = True
         return activation, crossing
 
@@ -345,29 +328,6 @@ class ScriptCut:
         """Runs the rest, with grad if it is enabled where this is called. What the tail would write into is copied first."""
         arguments = zip([activation, *crossing], self._written, strict=True)
         return self._program._call(self._tail, [copied(value) if written else value for value, written in arguments])
-
-
-def _numbered(known: Sequence[Place]) -> tuple[tuple[Call, ...], Mapping[str, Sequence[int]]]:
-    """The calls with their index, and for each path the numbers of its calls."""
-    at: dict[str, list[int]] = collections.defaultdict(list)
-    calls = []
-    for place in known:
-        calls.append(Call(path=place.path, index=len(at[place.path]), outputs=place.keys, refusal=place.refusal))
-        at[place.path].append(place.number)
-    return tuple(calls), dict(at)
-
-
-def _not_found(tap: TapName, what: str) -> NotFound:
-    return NotFound(Reason.LAYER_NOT_FOUND, f"layer '{tap}' does not exist; {what}", metadata={"layer": tap})
-
-
-def _unusable(tap: TapName, why: str) -> Unsupported:
-    return Unsupported(Reason.LAYER_UNUSABLE, f"layer '{tap}' cannot be tapped: {why}", metadata={"layer": tap})
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES_IN_A_MESSAGE
-    return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")
 
 
 def _first_line(error: Exception) -> str:

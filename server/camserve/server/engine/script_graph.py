@@ -35,12 +35,14 @@ __all__ = [
     "copied",
     "discard_unused",
     "forward_arguments",
+    "insert_constants",
     "integer",
     "interpreted",
     "mark_calls",
     "mark_operators",
     "marked_graph",
     "marks",
+    "operators_marked",
     "optional",
     "receiver",
     "retarget_constants",
@@ -146,6 +148,14 @@ def mark_operators(graph: Graph) -> None:
         record.s_("path", path)
         record.insertAfter(mark)
         value.replaceAllUsesAfterNodeWith(record, mark.output())
+
+
+def operators_marked(marked: Graph) -> Graph:
+    """A copy of a marked graph in which operators inside modules have marks too, by the names they have in frozen archives."""
+    graph = copied(marked)
+    mark_operators(graph)
+    _number(graph)
+    return graph
 
 
 def _mark(graph: Graph, value: Value, path: str, *, before: Node) -> Value:
@@ -254,6 +264,14 @@ def discard_unused(graph: Graph) -> None:
 def copied(graph: Graph) -> Graph:
     """A copy to operate on. It shares tensors and keeps marks (paths kept by torch itself are lost in copies)."""
     return graph.copy()
+
+
+def insert_constants(graph: Graph, values: Sequence[object], *, before: Node) -> list[Value]:
+    """Constants of the graph, placed before a node."""
+    graph.setInsertPoint(before)
+    constants = [graph.insertConstant(value) for value in values]
+    graph.setInsertPoint(graph.return_node())
+    return constants
 
 
 def compiled(name: str, graph: Graph) -> Callable[..., Any]:
