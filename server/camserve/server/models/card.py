@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from camserve.server.jobs import OutputKind
 from camserve.server.models.recipe import InputRecipe
 
-__all__ = ["LayerCard", "MethodCard", "ModelCard"]
+__all__ = ["ExtraInput", "LayerCard", "MethodCard", "ModelCard"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,21 @@ class MethodCard:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExtraInput:
+    """An input that a request must send besides the first.
+
+    Attributes:
+        name: in the request.
+        shape: of one row.
+        dtype: numpy name, such as `float32`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """A loaded model, as callers see it.
 
@@ -64,6 +80,10 @@ class ModelCard:
         rows_independent: whether rows of a batch leave each other alone.
         warm_up_seconds: what loading and checking took.
         notes: what a reader should know.
+        output_kind: what it returns, and so what can be asked about.
+        stages: the last layer of each resolution that gives a map, shallowest first.
+        phrases: those whose embeddings are held for text targets.
+        extra_inputs: what a request must send besides the first input, in the model's order.
     """
 
     name: str
@@ -85,10 +105,14 @@ class ModelCard:
     rows_independent: bool
     warm_up_seconds: float
     notes: tuple[str, ...] = ()
+    output_kind: OutputKind = OutputKind.CLASSIFICATION
+    stages: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
+    extra_inputs: tuple[ExtraInput, ...] = ()
 
-    def label(self, class_index: int) -> str:
-        """The label of a class; empty when the card has none."""
-        return self.labels[class_index] if class_index < len(self.labels) else ""
+    def label(self, class_index: int | None) -> str:
+        """The label of a class; empty when the card has none, and for what is about no class."""
+        return "" if class_index is None or class_index >= len(self.labels) else self.labels[class_index]
 
     def layer(self, name: str) -> LayerCard | None:
         """The layer of that written name, or None."""
