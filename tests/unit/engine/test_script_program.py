@@ -147,12 +147,14 @@ def test_front_and_tail_are_the_program_and_change_neither_argument(layer: str) 
     program, x = small(), torch.randn(2, 3, 8, 8)
     cut = program.cut(TapName.parse(layer))
     activation, crossing = cut.front(x)
-    kept, kept_crossing = activation.clone(), [value.clone() for value in crossing]
+    kept, kept_crossing = activation.clone(), [value.clone() for value in crossing.values]
 
     assert [True] * 3 == [torch.equal(program.run(x), cut.tail(activation, crossing)) for _ in range(3)]
     assert torch.equal(gradient_at(program, layer, x)[0], activation)
     assert torch.equal(kept, activation)
-    assert [True] * len(crossing) == [torch.equal(a, b) for a, b in zip(kept_crossing, crossing, strict=True)]
+    assert [True] * len(kept_crossing) == [
+        torch.equal(a, b) for a, b in zip(kept_crossing, crossing.values, strict=True)
+    ]
     assert not torch.equal(program.run(x), cut.tail(activation + 1.0, crossing))
 
 

@@ -27,6 +27,7 @@ from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.program import BackwardRule, Call, Capture, Digests, ProgramKind, TapName
 from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
 from camserve.server.engine.script_rules import ruled_graph
+from camserve.server.engine.script_spread import Ambiguous, Crossing, Growth, grown, growth_of
 from camserve.server.engine.script_taps import CutGraphs, Pick, cut_graphs
 from camserve.server.engine.script_values import copied, is_same
 from camserve.server.errors import NotFound, Reason, Unsupported
@@ -289,7 +290,7 @@ class _OverwrittenCapture(Exception):
 
 
 class ScriptCut:
-    """A `Cut` of a TorchScript program. The crossing is the list of values that the tail needs besides the activation.
+    """A `Cut` of a TorchScript program.
 
     Args:
         program: the program that was cut.
@@ -303,9 +304,11 @@ class ScriptCut:
         self._front = graphs.compiled("front", halves.front)
         self._tail = graphs.compiled("tail", halves.tail)
         self._written = halves.written
+        self._viewed = halves.viewed
         self._is_verified = not halves.uncertain
+        self._growths: collections.OrderedDict[tuple[torch.Size, ...], tuple[Growth, ...]] = collections.OrderedDict()
 
-    def front(self, *inputs: Tensor) -> tuple[Tensor, list[Any]]:
+    def front(self, *inputs: Tensor) -> tuple[Tensor, Crossing]:
         """Runs up to the tap without grad.
 
         Returns:
@@ -317,17 +320,60 @@ class ScriptCut:
         """
         program = self._program
         with torch.no_grad():
-            activation, *crossing = program._call(self._front, program._arranged(inputs))
+            activation, *values = program._call(self._front, program._arranged(inputs))
+            crossing = Crossing(values=tuple(values), inputs=inputs)
             if not self._is_verified:
                 if not is_same(self.tail(activation, crossing), program.run(*inputs)):
                     raise unusable(self._tap, _SHARED)
                 self._is_verified = True
         return activation, crossing
 
-    def tail(self, activation: Tensor, crossing: Sequence[Any]) -> Any:
+    def tail(self, activation: Tensor, crossing: Crossing) -> Any:
         """Runs the rest, with grad if it is enabled where this is called. What the tail would write into is copied first."""
-        arguments = zip([activation, *crossing], self._written, strict=True)
+        arguments = zip([activation, *crossing.values], self._written, strict=True)
         return self._program._call(self._tail, [copied(value) if written else value for value, written in arguments])
+
+    def spread(self, crossing: Crossing, rows: int) -> Crossing:
+        """What crosses for `rows` copies of the one row that `front` was given.
+
+        The first time for a shape the front runs once more, on two copies of the row, to see what grows with their number.
+        Rows share memory; nothing is copied but what the tail views in another shape.
+
+        Raises:
+            Unsupported: a crossing value neither grows with the rows nor stays the same.
+            ValueError: there are no rows, or the crossing is not that of one row.
+        """
+        if rows < 1:
+            raise ValueError(f"{rows} rows; at least 1 is allowed")
+        if not crossing.values:
+            return crossing
+        if not crossing.inputs or {tuple(value.shape[:1]) for value in crossing.inputs} != {(1,)}:
+            raise ValueError("only the crossing of a single row, as `front` returned it, can be spread")
+        growths = self._growths_of(crossing)
+        parts = zip(crossing.values, growths, self._viewed[1:], strict=True)
+        return Crossing(
+            values=tuple(grown(value, growth, rows, is_expanded=not viewed) for value, growth, viewed in parts)
+        )
+
+    def _growths_of(self, crossing: Crossing) -> tuple[Growth, ...]:
+        """How each crossing value depends on the number of rows."""
+        shapes = tuple(value.shape for value in crossing.inputs)
+        if shapes not in self._growths:
+            program = self._program
+            with torch.no_grad():
+                doubled = [torch.cat([value, value]) for value in crossing.inputs]
+                _, *twice = program._call(self._front, program._arranged(doubled))
+            try:
+                self._growths[shapes] = tuple(map(growth_of, crossing.values, twice))
+            except Ambiguous as error:
+                raise unusable(
+                    self._tap,
+                    f"what its copies share cannot be told, because {error} crosses from before it to behind it; choose the last "
+                    "layer of a stage, behind which nothing crosses, or a method that does not ablate",
+                ) from error
+            if len(self._growths) > FUNCTIONS_KEPT:
+                self._growths.popitem(last=False)
+        return self._growths[shapes]
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,11 @@ from camserve.server.engine.script_graph import Block, Graph, Node, Value, writt
 
 __all__ = ["Hazards", "Memory"]
 
+# These fail, or see other numbers, where a tensor is laid out in another way than expected; `reshape` copies instead.
+_VIEWS = frozenset(
+    {"aten::view", "aten::view_as", "aten::_unsafe_view", "aten::as_strided", "aten::unflatten", "aten::_reshape_alias"}
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Hazards:
@@ -44,6 +49,7 @@ class Memory:
         self._values: dict[int, tuple[int, Value]] = {value.unique(): (-1, value) for value in self._inputs}
         self._last_use: dict[int, int] = {}
         self._writes: list[tuple[int, Value | None]] = []
+        self._views: list[tuple[int, Value]] = []
         self._records: dict[int, int] = {}
         self._time = 0
         self._read(graph)
@@ -56,6 +62,8 @@ class Memory:
                 self._records[node.i("number")] = self._time
                 continue
             self._last_use |= {value.unique(): self._time for value in node.inputs()}
+            if node.kind() in _VIEWS:
+                self._views.append((self._time, node.inputsAt(0)))
             written = written_arguments(node)
             self._writes += [(self._time, None)] if written is None else [(self._time, value) for value in written]
             entered = self._time
@@ -80,6 +88,13 @@ class Memory:
         born = self._values[event.unique()][0]
         return _holds_tensors(value) and any(
             time > born and self._reaches(written, value) for time, written in self._writes
+        )
+
+    def viewed_since(self, value: Value, event: Value) -> bool:
+        """Whether anything behind the birth of `event` may view the memory of `value` in another shape."""
+        born = self._values[event.unique()][0]
+        return _holds_tensors(value) and any(
+            time > born and self._aliases.may_contain_alias(viewed, value) for time, viewed in self._views
         )
 
     def share_written(self, values: Sequence[Value], written: Sequence[bool]) -> bool:

@@ -155,12 +155,14 @@ class CutGraphs:
         front: `(self, *inputs) -> (activation, *crossing)`.
         tail: `(self, activation, *crossing) -> outputs`.
         written: which of `(activation, *crossing)` the tail writes into.
+        viewed: which of them the tail may view in another shape, so that they must lie in memory as the front left them.
         uncertain: some of them may share memory which the tail writes; if they do, it goes wrong on copies of them.
     """
 
     front: Graph
     tail: Graph
     written: tuple[bool, ...]
+    viewed: tuple[bool, ...]
     uncertain: bool
 
 
@@ -169,10 +171,11 @@ def cut_graphs(marked: Graph, pick: Pick, known: Sequence[Place]) -> CutGraphs:
     front, tail = _Halves(marked, pick, known), _Halves(marked, pick, known)
     memory = Memory(tail.graph)
     written = tuple(memory.written_since(value, tail.live[0]) for value in tail.live)
+    viewed = tuple(memory.viewed_since(value, tail.live[0]) for value in tail.live)
     uncertain = memory.share_written(tail.live, written)
     front.keep_front()
     tail.keep_tail()
-    return CutGraphs(front=front.graph, tail=tail.graph, written=written, uncertain=uncertain)
+    return CutGraphs(front=front.graph, tail=tail.graph, written=written, viewed=viewed, uncertain=uncertain)
 
 
 class _Halves:
