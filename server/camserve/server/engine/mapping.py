@@ -7,59 +7,65 @@ are copied to the host, where finishing them is cheaper than launching kernels f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from camserve.server.cam.maps import finish
-from camserve.server.cam.methods import Compute, Need
-from camserve.server.engine.layout import Layout, channels_first
+from camserve.server.cam.methods import Layerwise, Need, Whole
+from camserve.server.cam.saliency import reduce_channels
+from camserve.server.engine.evidence import Differentiated, evidence_at, seen_attentions
+from camserve.server.engine.graph import Chosen, is_device_failure
 from camserve.server.engine.plan import Ask, PassModel, fresh
-from camserve.server.engine.program import TapName
+from camserve.server.engine.program import ATTENTION, TapName
+from camserve.server.engine.readouts import Aim
 from camserve.server.engine.stopwatch import Lap
-from camserve.server.errors import CamserveError, ExecutionFailed, Reason, Unsupported
-from camserve.server.jobs import RawMap, ResolvedTarget, SpecFailed
+from camserve.server.errors import CamserveError, ExecutionFailed, Reason
+from camserve.server.jobs import MapFlag, Polarity, RawMap, ResolvedTarget, Saliency, Spec, SpecFailed
 
-__all__ = ["Gradients", "Mapper", "is_device_failure"]
-
-Gradients: TypeAlias = Mapping[TapName, Tensor | CamserveError | None]
-
-
-def is_device_failure(error: RuntimeError) -> bool:
-    """Tells running out of memory, and a broken device, from what concerns one map alone; the runner deals with those."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
-        return True
-    # The CPU allocator raises a plain RuntimeError.
-    return "DefaultCPUAllocator" in str(error)
+__all__ = ["Mapper", "class_weight", "failed", "finished_map"]
 
 
 class Mapper:
     """The maps of one batch.
 
     Attributes:
-        targets: each row's distinct targets by rank.
+        aims: each row's distinct aims by key, in order of rank.
         seconds: device time spent on maps so far.
     """
 
     def __init__(
-        self, model: PassModel, activations: Mapping[TapName, Tensor], targets: Sequence[Sequence[ResolvedTarget]]
+        self,
+        model: PassModel,
+        activations: Mapping[TapName, Tensor],
+        aims: Sequence[Mapping[Hashable, tuple[Ask, Aim]]],
     ) -> None:
         self._model = model
-        self._activations = activations
-        self.targets = targets
+        self._activations = dict(activations)
+        self.aims = aims
+        self._ranks = [{key: rank for rank, key in enumerate(row)} for row in aims]
         chosen = model.whole_batch_maps
         self._is_whole_batch = model.program.device.type != "cpu" if chosen is None else chosen
         # Whole-batch maps of the rank in progress; each serves every row that asks for the same.
-        self._shared: dict[tuple[Compute, TapName, int], Tensor] = {}
+        self._shared: dict[Hashable, Tensor] = {}
         self._failed: set[tuple[int, int]] = set()
         self.seconds = 0.0
 
+    @property
+    def rows(self) -> range:
+        """The places of the batch."""
+        return range(len(self.aims))
+
+    def chosen(self, row: int, rank: int) -> Chosen:
+        """A row's aim of a rank, and the output path it is about."""
+        ask, aim = list(self.aims[row].values())[rank]
+        return ask.spec.target.output_path, aim
+
     def ranks(self, ask: Ask) -> list[int]:
-        """The rank of each of the ask's targets; specs that share a target share its rank."""
-        known = [(target.class_index, target.score) for target in self.targets[ask.row]]
-        return [known.index((target.class_index, target.score)) for target in ask.targets]
+        """The rank of each of the ask's aims; specs that share an aim share its rank."""
+        return [self._ranks[ask.row][ask.key(aim)] for aim in ask.aims]
 
     def has_failed(self, ask: Ask) -> bool:
         """Whether a map of this spec could not be made; no more are then."""
@@ -69,91 +75,134 @@ class Mapper:
         """Forgets what was shared for the previous gradients."""
         self._shared.clear()
 
-    def map(self, ask: Ask, target: ResolvedTarget, rank: int, gradients: Gradients) -> RawMap | SpecFailed:
+    def add(self, activations: Mapping[TapName, Tensor]) -> None:
+        """Takes the activations of a further forward over the same batch, under another rule."""
+        self._activations.update(activations)
+
+    def fail(self, ask: Ask, error: CamserveError) -> SpecFailed:
+        """Gives a spec up."""
+        self._failed.add((ask.row, ask.spec.index))
+        return failed(ask.spec, error)
+
+    def map(self, ask: Ask, aim: Aim, rank: int, found: Differentiated) -> RawMap | SpecFailed:
         """Makes one map.
 
         Args:
-            ask: settled.
-            target: one of its targets.
-            rank: that target's place among its row's.
-            gradients: of that rank, by tap; not looked at by methods that need none.
+            ask: settled, not amplified.
+            aim: one of its aims.
+            rank: that aim's place among its row's.
+            found: gradients of that rank; not looked at by methods that need none.
 
         Raises:
             RuntimeError: the device failed or its memory ran out.
         """
         try:
             with Lap(self._model.program.device) as lap:
-                raw_maps = [self._raw_map(ask, place, rank, gradients) for place in range(len(ask.taps))]
-                rectify = ask.spec.rectify
-                finished = finish(
-                    raw_maps,
-                    is_rectified=ask.method.rectifies_under(ask.spec.profile) if rectify is None else rectify,
-                    normalisation=ask.spec.normalisation,
-                    fusion=ask.spec.fusion,
-                    profile=ask.spec.profile,
-                )
+                raw_maps = self._raw_maps(ask, rank, found)
+                has_channels = isinstance(ask.arithmetic, Whole) and ask.arithmetic.has_channels
+                result = finished_map(ask, aim.target, raw_maps, has_channels=has_channels)
             seconds = lap.seconds
         except CamserveError as error:
-            return self._fail(ask, error)
+            return self.fail(ask, error)
         except RuntimeError as error:
             if is_device_failure(error):
                 raise
             message = f"{ask.method.slug} failed on this row: {error}"
-            return self._fail(ask, ExecutionFailed(Reason.MODEL_FAILED, message, metadata={"method": ask.method.slug}))
+            return self.fail(ask, ExecutionFailed(Reason.MODEL_FAILED, message, metadata={"method": ask.method.slug}))
         self.seconds += seconds
-        return RawMap(
-            spec_index=ask.spec.index,
-            target=target,
-            values=finished.values.numpy(),
-            raw_min=finished.raw_min,
-            raw_max=finished.raw_max,
-            flags=finished.flags,
-            layers=tuple(str(tap) for tap in ask.taps),
-            device_seconds=seconds,
-        )
+        return dataclasses.replace(result, device_seconds=seconds)
 
-    def _fail(self, ask: Ask, error: CamserveError) -> SpecFailed:
-        self._failed.add((ask.row, ask.spec.index))
-        return SpecFailed(spec_index=ask.spec.index, error=fresh(error))
-
-    def _raw_map(self, ask: Ask, place: int, rank: int, gradients: Gradients) -> Tensor:
-        """(*space) on the host, signed."""
-        tap, layout = ask.taps[place], ask.layouts[place]
+    def _raw_maps(self, ask: Ask, rank: int, found: Differentiated) -> list[Tensor]:
+        """(*space), or (c *input) for maps with channels, on the host, signed: one for each layer, or one alone."""
+        groups = [(tap,) for tap in ask.taps] if isinstance(ask.arithmetic, Layerwise) else [self._read_taps(ask)]
         if not self._is_whole_batch:
             only = slice(ask.row, ask.row + 1)
-            return self._compute(ask, tap, layout, rank, gradients, only)[0]
-        key = (ask.compute, tap, rank)
-        if key not in self._shared:
-            self._shared[key] = self._compute(ask, tap, layout, rank, gradients, slice(None)).cpu()
-        return self._shared[key][ask.row]
+            return [self._compute(ask, taps, rank, found, only)[0] for taps in groups]
+        maps = []
+        for taps in groups:
+            key = (ask.arithmetic, taps, rank, ask.spec.parameters)
+            if key not in self._shared:
+                self._shared[key] = self._compute(ask, taps, rank, found, slice(None)).cpu()
+            maps.append(self._shared[key][ask.row])
+        return maps
 
-    def _compute(self, ask: Ask, tap: TapName, layout: Layout, rank: int, gradients: Gradients, rows: slice) -> Tensor:
-        activation = channels_first(self._activations[tap][rows], layout)
-        gradient = None
-        if ask.needs_gradient:
-            gradient = channels_first(_differentiable(gradients, tap)[rows], layout)
-        class_weight = self._class_weight(rank, rows) if Need.LINEAR_HEAD in ask.method.needs else None
+    def _read_taps(self, ask: Ask) -> tuple[TapName, ...]:
+        """What a method that looks at everything at once looks at."""
+        if ask.taps == (ATTENTION,):
+            return tuple(seen_attentions(list(self._activations)))
+        return ask.taps
+
+    def _compute(self, ask: Ask, taps: Sequence[TapName], rank: int, found: Differentiated, rows: slice) -> Tensor:
+        weight = self._class_weight(rank, rows) if Need.LINEAR_HEAD in ask.method.needs else None
+        evidence = [
+            evidence_at(self._model, ask, tap, self._activations, found, rows=rows, class_weight=weight) for tap in taps
+        ]
         with torch.no_grad():
-            return ask.compute(activation, gradient, class_weight)
+            if isinstance(ask.arithmetic, Layerwise):
+                return ask.arithmetic.gather(ask.arithmetic.weigh(evidence[0]))
+            if isinstance(ask.arithmetic, Whole):
+                return ask.arithmetic.draw(evidence)
+        raise ValueError(f"{ask.method.slug} is amplified and has no place in the shared pass")
 
     def _class_weight(self, rank: int, rows: slice) -> Tensor:
-        """(b, c): the head's weights of each row's class; rows without a target of this rank get some class, and no map."""
-        if self._model.head is None:
-            raise ValueError("a method that needs the linear head was let through without one")
-        classes = [targets[rank].class_index if rank < len(targets) else 0 for targets in self.targets[rows]]
-        weight = self._model.head.weight
-        return weight.index_select(0, torch.tensor(classes, device=weight.device))
+        """(b, c): the head's weights of each row's aim; rows without an aim of this rank get some class, and no map."""
+        listed = [list(row.values()) for row in self.aims[rows]]
+        return torch.cat([class_weight(self._model, row[rank][1] if rank < len(row) else None) for row in listed])
 
 
-def _differentiable(gradients: Gradients, tap: TapName) -> Tensor:
-    gradient = gradients[tap]
-    if isinstance(gradient, CamserveError):
-        raise gradient
-    if gradient is None:
-        raise Unsupported(
-            Reason.TARGET_NOT_DIFFERENTIABLE,
-            f"the target does not depend on layer '{tap}': it is computed after the class scores or beside them; "
-            "choose a layer before the scores",
-            metadata={"layer": tap},
-        )
-    return gradient
+def class_weight(model: PassModel, aim: Aim | None) -> Tensor:
+    """(1, c): the linear head's weights of what an aim is about, turned by its polarity."""
+    if model.head is None:
+        raise ValueError("a method that needs the linear head was let through without one")
+    weight = model.head.weight
+    terms = aim.weights if aim is not None and aim.weights else ((0, 1.0),)
+    total = sum((factor * weight[index] for index, factor in terms[1:]), start=terms[0][1] * weight[terms[0][0]])
+    if aim is not None and aim.target.polarity is Polarity.AGAINST:
+        total = -total
+    return total[None]
+
+
+def finished_map(
+    ask: Ask, target: ResolvedTarget, raw_maps: Sequence[Tensor], *, has_channels: bool, completed: float = 1.0
+) -> RawMap:
+    """Finishes the raw maps of one row: saliency of channels, rectification, fusion, normalisation, flags.
+
+    Args:
+        ask: whose.
+        target: what the map is about.
+        raw_maps: one for each layer, (*space); or one alone, (c *input) for maps with channels.
+        has_channels: whether it is that.
+        completed: share of an amplified method's work that was done.
+
+    Raises:
+        InvalidRequest: signed maps of several layers cannot be fused as asked.
+    """
+    spec = ask.spec
+    maps = list(raw_maps)
+    if has_channels:
+        maps = [reduce_channels(values, spec.saliency) for values in maps]
+    rectify = spec.rectify
+    finished = finish(
+        maps,
+        is_rectified=ask.method.rectifies_under(spec.profile) if rectify is None else rectify,
+        normalisation=spec.normalisation,
+        fusion=spec.fusion if ask.method.fusion is None else ask.method.fusion,
+        profile=spec.profile,
+    )
+    flags = finished.flags | {MapFlag.PARTIAL} if completed < 1 else finished.flags
+    return RawMap(
+        spec_index=spec.index,
+        target=target,
+        values=finished.values.cpu().numpy(),
+        raw_min=finished.raw_min,
+        raw_max=finished.raw_max,
+        flags=flags,
+        layers=tuple(str(tap) for tap in ask.taps) if ask.layouts else (),
+        has_channels=has_channels and spec.saliency is Saliency.COLOUR,
+        completed=completed,
+    )
+
+
+def failed(spec: Spec, error: CamserveError) -> SpecFailed:
+    """A spec that cannot be made, with an error of its own."""
+    return SpecFailed(spec_index=spec.index, error=fresh(error))

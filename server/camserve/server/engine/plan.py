@@ -1,27 +1,40 @@
-"""What a pass has to compute: the specs of every row checked against the model, and their targets numbered.
+"""What a pass has to compute: the specs of every row checked against the model, and what each of them is about.
 
-`passes.py` calls `check` before the forward, which names the taps, and `settle` after it, when the logits tell which classes the
-specs are about. Both keep what can be done apart from what cannot: a spec that fails here is answered and touches no other.
+`passes.py` calls `check` before the forward, which names the taps, and `settle` after it, when the outputs tell what the specs
+are about. Both keep what can be done apart from what cannot: a spec that fails here is answered and touches no other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from camserve.server.cam.methods import Compute, Method, Need, find_method
+from camserve.server.cam.methods import (
+    Amplified,
+    Arithmetic,
+    Contrast,
+    Layerwise,
+    Method,
+    Need,
+    Reads,
+    augmented,
+    find_method,
+    first_component,
+)
 from camserve.server.engine.head import LinearHead
 from camserve.server.engine.layout import Layout
-from camserve.server.engine.program import Program, TapName
-from camserve.server.engine.targets import resolve
+from camserve.server.engine.program import ATTENTION, INPUT, BackwardRule, Program, TapName
+from camserve.server.engine.readouts import Aim
 from camserve.server.errors import CamserveError, Reason, Unsupported
-from camserve.server.jobs import ResolvedTarget, Spec, SpecFailed
+from camserve.server.jobs import FloatArray, OutputKind, ResolvedTarget, Score, Spec, SpecFailed, Target
 
-__all__ = ["Ask", "Failure", "PassModel", "check", "distinct_targets", "fresh", "settle"]
+__all__ = ["Aiming", "Ask", "Failure", "PassModel", "check", "distinct_aims", "fresh", "rule_of", "settle"]
+
+_RULES = {
+    Need.GUIDED_GRADIENT: BackwardRule.GUIDED,
+    Need.DECONVNET_GRADIENT: BackwardRule.DECONVNET,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +44,14 @@ class PassModel:
     Attributes:
         program: the model.
         layouts: how the activation at each tap is laid out, by the tap's name as specs write it.
-        classes: how many logits a row has.
+        classes: how many classes, values or dimensions a row has.
+        kind: what it returns.
         head: the linear head behind average pooling, or None where the model has no such thing.
         head_layer: the tap whose average pooling feeds the head; empty without one.
-        output_path: where the class logits are in the model's output; see `targets.select_output`.
+        output_path: where in the model's output the card looks; see `readouts.select_output`.
+        phrases: vectors of the phrases that text targets may name.
+        max_rows: most rows in one forward, also of an amplified method.
+        static_rows: the only number of rows the program takes, or None.
         whole_batch_maps: whether raw maps are computed for the whole batch at once rather than for one row; None takes rows on
             the CPU, where arithmetic costs most, and the batch elsewhere, where launching does. Last bits may differ.
     """
@@ -42,9 +59,13 @@ class PassModel:
     program: Program
     layouts: Mapping[str, Layout]
     classes: int
+    kind: OutputKind = OutputKind.CLASSIFICATION
     head: LinearHead | None = None
     head_layer: str = ""
     output_path: str = ""
+    phrases: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
+    max_rows: int = 8
+    static_rows: int | None = None
     whole_batch_maps: bool | None = None
 
 
@@ -56,24 +77,38 @@ class Ask:
         row: place in the batch.
         spec: as it came.
         method: found.
-        compute: the method's arithmetic under the spec's profile.
-        taps: one for each layer of the spec.
-        layouts: of those taps.
-        targets: the classes it is about; empty until the forward.
+        arithmetic: the method's under the spec's profile and smoothing.
+        taps: what it reads, one for each layer of the spec.
+        layouts: of those taps; none for what is not a layer.
+        aims: what it is about; empty until the forward.
     """
 
     row: int
     spec: Spec
     method: Method
-    compute: Compute
+    arithmetic: Arithmetic
     taps: tuple[TapName, ...]
-    layouts: tuple[Layout, ...]
-    targets: tuple[ResolvedTarget, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    aims: tuple[Aim, ...] = ()
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it takes part in a gradient."""
-        return Need.GRADIENT in self.method.needs
+        """Whether it takes part in a gradient of the shared pass."""
+        return not self.is_amplified and bool(self.method.needs - {Need.LINEAR_HEAD})
+
+    @property
+    def is_amplified(self) -> bool:
+        """Whether it works on its row alone, after the shared pass."""
+        return isinstance(self.arithmetic, Amplified)
+
+    @property
+    def rule(self) -> BackwardRule:
+        """Under which rule its taps are captured."""
+        return BackwardRule.ATTENTION if self.method.reads is Reads.ATTENTION else BackwardRule.PLAIN
+
+    def key(self, aim: Aim) -> Hashable:
+        """Equal for two aims of one row exactly if the same number is differentiated."""
+        return self.spec.target.output_path, aim.key
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +117,15 @@ class Failure:
 
     row: int
     spec_failed: SpecFailed
+
+
+Aiming: TypeAlias = Callable[[int, Target, Contrast | None], tuple[Aim, ...]]
+"""Answers what a target means for a row, as `Readout.aims`; made from the outputs of the forward by `passes.py`."""
+
+
+def rule_of(need: Need) -> BackwardRule | None:
+    """The rule under which a needed input gradient is taken; None for needs of another kind."""
+    return _RULES.get(need)
 
 
 def check(model: PassModel, specs: Iterable[tuple[int, Spec]]) -> tuple[list[Ask], list[Failure]]:
@@ -96,14 +140,14 @@ def check(model: PassModel, specs: Iterable[tuple[int, Spec]]) -> tuple[list[Ask
 
 
 def settle(
-    asks: Iterable[Ask], refusals: Mapping[TapName, CamserveError], logits: npt.NDArray[np.floating[Any]]
+    asks: Iterable[Ask], refusals: Mapping[TapName, CamserveError], aimer: Aiming
 ) -> tuple[list[Ask], list[Failure]]:
-    """Names the classes each ask is about.
+    """Names what each ask is about.
 
     Args:
         asks: from `check`.
         refusals: taps that the program would not capture.
-        logits: (b, classes), on the host.
+        aimer: knows the outputs.
     """
     settled, failures = [], []
     for ask in asks:
@@ -111,22 +155,22 @@ def settle(
         try:
             if refused is not None:
                 raise refused
-            settled.append(dataclasses.replace(ask, targets=resolve(logits[ask.row], ask.spec.target)))
+            settled.append(dataclasses.replace(ask, aims=_aims(ask, aimer)))
         except CamserveError as error:
             failures.append(_failure(ask.row, ask.spec, error))
     return settled, failures
 
 
-def distinct_targets(asks: Sequence[Ask], rows: int) -> list[list[ResolvedTarget]]:
-    """Lists each row's distinct (class, score) pairs; the place in the list is the pair's rank.
+def distinct_aims(asks: Sequence[Ask], rows: int) -> list[dict[Hashable, tuple[Ask, Aim]]]:
+    """Lists each row's distinct aims by key, with the first ask that has it; the place in the order is the aim's rank.
 
     Those to be differentiated come first: gradients are then as few as the largest number of them in one row.
     """
-    found: list[dict[tuple[object, ...], ResolvedTarget]] = [{} for _ in range(rows)]
+    found: list[dict[Hashable, tuple[Ask, Aim]]] = [{} for _ in range(rows)]
     for ask in sorted(asks, key=lambda ask: not ask.needs_gradient):
-        for target in ask.targets:
-            found[ask.row].setdefault((target.class_index, target.score), target)
-    return [list(targets.values()) for targets in found]
+        for aim in ask.aims:
+            found[ask.row].setdefault(ask.key(aim), (ask, aim))
+    return found
 
 
 def fresh(error: CamserveError) -> CamserveError:
@@ -142,16 +186,64 @@ def fresh(error: CamserveError) -> CamserveError:
 
 def _ask(model: PassModel, row: int, spec: Spec) -> Ask:
     method = find_method(spec.method)
-    compute = method.under(spec.profile)
+    arithmetic = _smoothed(method.under(spec.profile), method, spec)
     if Need.LINEAR_HEAD in method.needs:
         _check_head(model, method, spec)
+    is_layered = method.reads is Reads.LAYERS
     return Ask(
         row=row,
         spec=spec,
         method=method,
-        compute=compute,
-        taps=tuple(TapName.parse(layer) for layer in spec.layers),
-        layouts=tuple(_layout(model, layer) for layer in spec.layers),
+        arithmetic=arithmetic,
+        taps=_taps(model, method, spec),
+        layouts=tuple(_layout(model, layer) for layer in spec.layers) if is_layered else (),
+    )
+
+
+def _taps(model: PassModel, method: Method, spec: Spec) -> tuple[TapName, ...]:
+    match method.reads:
+        case Reads.LAYERS:
+            return tuple(TapName.parse(layer) for layer in spec.layers)
+        case Reads.INPUT:
+            return (INPUT,)
+        case Reads.BIASES:
+            return (INPUT, *model.program.biases())
+        case Reads.ATTENTION:
+            return (ATTENTION,)
+
+
+def _smoothed(arithmetic: Arithmetic, method: Method, spec: Spec) -> Arithmetic:
+    """The arithmetic under the spec's smoothing; validation has seen to it that the method has it."""
+    if spec.smoothing.eigen and isinstance(arithmetic, Layerwise):
+        arithmetic = Layerwise(arithmetic.weigh, first_component)
+    if spec.smoothing.augmentation:
+        if not isinstance(arithmetic, Layerwise):
+            raise Unsupported(
+                Reason.METHOD_UNSUPPORTED_BY_MODEL,
+                f"augmentation smoothing averages maps of layers, which {method.slug} does not make; leave it out",
+                metadata={"method": method.slug},
+            )
+        arithmetic = augmented(arithmetic)
+    return arithmetic
+
+
+def _aims(ask: Ask, aimer: Aiming) -> tuple[Aim, ...]:
+    if ask.method.has_target:
+        return aimer(ask.row, ask.spec.target, _contrast(ask))
+    maps = ask.arithmetic.maps if isinstance(ask.arithmetic, Amplified) else None
+    count = 1 if maps is None else maps(ask.spec.parameters)
+    # One aim even for several maps: nothing tells them apart before they are made.
+    return (Aim(target=ResolvedTarget(class_index=None, score=Score.LOGIT, value=0.0, count=count), key=None),)
+
+
+def _contrast(ask: Ask) -> Contrast | None:
+    if ask.method.contrast is None:
+        return None
+    chosen, asked = ask.method.contrast[ask.spec.profile], ask.spec.parameters
+    return dataclasses.replace(
+        chosen,
+        classes=chosen.classes if asked.similar_classes is None else asked.similar_classes,
+        weight=chosen.weight if asked.contrast is None else asked.contrast,
     )
 
 

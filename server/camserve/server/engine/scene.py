@@ -1,0 +1,216 @@
+"""One row, one target and one layer, for an amplified method that tries things out on the model: the engine's `Scene`.
+
+`amplification.py` makes one for each layer of a spec and hands it to the method. Nothing is kept between calls but what the row
+itself gave. How many rows are tried at once follows from shapes alone, never from the clock: the number of rows moves the last
+bits of float32 results, and a map must come out the same when it is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from camserve.server.cam.methods import Evidence, Need, Reads
+from camserve.server.engine.evidence import differentiable, evidence_at
+from camserve.server.engine.graph import Gradients, capture_graph, is_device_failure
+from camserve.server.engine.layout import Layout, LayoutKind, channels_first
+from camserve.server.engine.plan import Ask, PassModel, rule_of
+from camserve.server.engine.program import INPUT, BackwardRule, Cut
+from camserve.server.engine.readouts import Aim, read
+from camserve.server.errors import CamserveError, ExecutionFailed, Reason, Unsupported
+from camserve.server.jobs import Parameters, Profile
+
+__all__ = ["RowScene"]
+
+# An ablated copy of the activation for each row: enough rows to keep the device busy, few enough to stay in its cache.
+_TAIL_BYTES: Final = 16 * 2**20
+_MOST_TAIL_ROWS: Final = 256
+
+
+class RowScene:
+    """A `Scene` over a program. See `cam.methods.Scene` for what each member means.
+
+    Args:
+        model: what runs.
+        ask: the spec, settled.
+        aim: the one of its aims that is tried.
+        inputs: the row, batch axis of one, on the model's device and in its dtype; further inputs behind it.
+        place: which layer of the spec, for methods that read layers.
+    """
+
+    def __init__(self, model: PassModel, ask: Ask, aim: Aim, inputs: Sequence[Tensor], place: int = 0) -> None:
+        self._model = model
+        self._ask = ask
+        self._aim = aim
+        self._row = tuple(inputs)
+        self._is_layered = ask.method.reads is Reads.LAYERS
+        self._tap = ask.taps[place]
+        self._layout: Layout | None = ask.layouts[place] if self._is_layered else None
+        self._front: tuple[Cut | None, Tensor, Any] | None = None
+        self._score: float | None = None
+        self._gradient: Tensor | None = None
+
+    @property
+    def inputs(self) -> Float[Tensor, "1 channels *input"]:
+        """The row as the model took it."""
+        return self._row[0]
+
+    @property
+    def activation(self) -> Float[Tensor, "1 c *space"]:
+        """A at the layer, channels first; the input for methods that read that."""
+        if self._layout is None:
+            return self._row[0]
+        return channels_first(self._opened()[1], self._layout)
+
+    @property
+    def parameters(self) -> Parameters:
+        """Of the method."""
+        return self._ask.spec.parameters
+
+    @property
+    def profile(self) -> Profile:
+        """Whose conventions to follow."""
+        return self._ask.spec.profile
+
+    @property
+    def chunk_rows(self) -> int:
+        """Most inputs that may be tried at once."""
+        return max(1, self._model.max_rows if self._model.static_rows is None else self._model.static_rows)
+
+    @property
+    def tail_chunk_rows(self) -> int:
+        """Most activations that may be tried at once: the tail is short, so more than inputs."""
+        if self._model.static_rows is not None or self._model.max_rows == 1:
+            return self.chunk_rows
+        row_bytes = self.activation.numel() * self.activation.element_size()
+        return max(1, min(_MOST_TAIL_ROWS, _TAIL_BYTES // row_bytes))
+
+    @property
+    def score(self) -> float:
+        """The target's score for the row as it is."""
+        if self._score is None:
+            self._score = float(self.scores(self.inputs)[0])
+        return self._score
+
+    def generator(self) -> torch.Generator:
+        """A new generator on the CPU, seeded by the parameters."""
+        return torch.Generator().manual_seed(self.parameters.seed)
+
+    def scores(self, inputs: Float[Tensor, "n channels *input"]) -> Float[Tensor, "n"]:
+        """The target's score for other inputs, without grad."""
+        return self._in_parts(inputs, lambda part: self._read(self._model.program.run(*self._with_extras(part)), part))
+
+    def tail_scores(self, activations: Float[Tensor, "n c *space"]) -> Float[Tensor, "n"]:
+        """The target's score with the layer's activation replaced; only what lies behind the layer is run."""
+        return self._in_parts(activations, self._tail)
+
+    def evidence(self, inputs: Float[Tensor, "n channels *input"]) -> Evidence:
+        """What a method of class B would be given at the layer, or at the input, for other inputs."""
+        needs = self._ask.method.needs
+        graph, refusals = capture_graph(
+            self._model, self._with_extras(inputs), [self._tap], differentiable=bool(needs - {Need.LINEAR_HEAD})
+        )
+        for error in refusals.values():
+            raise error
+        chosen = [(self._ask.spec.target.output_path, self._aim)] * len(inputs)
+        found: dict[BackwardRule | str, Gradients] = {}
+        if Need.GRADIENT in needs:
+            found[BackwardRule.PLAIN] = graph.gradients(chosen, [self._tap])
+        if Need.CURVATURE in needs:
+            found["curvature"] = graph.curvatures(chosen, [self._tap])
+        for rule in filter(None, map(rule_of, needs)):
+            ruled, _ = capture_graph(self._model, self._with_extras(inputs), [INPUT], rule=rule)
+            found[rule] = ruled.gradients(chosen, [INPUT])
+        return evidence_at(self._model, self._ask, self._tap, graph.detached_activations(), found)
+
+    def gradient(self) -> Float[Tensor, "1 c *space"]:
+        """G at the layer for the row as it is."""
+        if self._gradient is None:
+            graph, refusals = capture_graph(self._model, self._row, [self._tap])
+            for error in refusals.values():
+                raise error
+            chosen = [(self._ask.spec.target.output_path, self._aim)]
+            gradient = differentiable(graph.gradients(chosen, [self._tap]), self._tap)
+            self._gradient = gradient if self._layout is None else channels_first(gradient, self._layout)
+        return self._gradient
+
+    def _opened(self) -> tuple[Cut | None, Tensor, Any]:
+        """The cut at the layer, the row's activation there and what crosses; no cut where the program cannot be cut."""
+        if self._front is None:
+            try:
+                cut = self._model.program.cut(self._tap)
+            except Unsupported:
+                captured = self._model.program.capture([self._tap], *self._row, differentiable=False)
+                self._front = (None, captured.activations[self._tap], None)
+            else:
+                self._front = (cut, *cut.front(*self._row))
+        return self._front
+
+    def _tail(self, activations: Tensor) -> Tensor:
+        cut, own, crossing = self._opened()
+        if cut is None:
+            # Says why it cannot be cut here.
+            cut = self._model.program.cut(self._tap)
+        rows = len(activations)
+        replaced = activations if self._layout is None else _laid_out(activations, own, self._layout)
+        try:
+            spread = cut.spread(crossing, rows)
+        except Unsupported:
+            _, spread = cut.front(*(value.expand(rows, *value.shape[1:]).contiguous() for value in self._row))
+        with torch.no_grad():
+            return self._read(cut.tail(replaced, spread), activations)
+
+    def _read(self, outputs: Any, tried: Tensor) -> Tensor:
+        """(n) scores of the aim in the outputs of n tries."""
+        path = self._ask.spec.target.output_path
+        classes = 0 if path else self._model.classes
+        readout = read(self._model.kind, outputs, path or self._model.output_path, rows=len(tried), classes=classes)
+        with torch.no_grad():
+            return readout.scores([self._aim] * len(tried))
+
+    def _with_extras(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        rows = len(inputs)
+        return (inputs, *(extra.expand(rows, *extra.shape[1:]).contiguous() for extra in self._row[1:]))
+
+    def _in_parts(self, tried: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs all rows at once, or padded to the program's own number; in halves when memory runs out."""
+        static = self._model.static_rows
+        rows = len(tried)
+        try:
+            if static is not None and rows < static:
+                padded = torch.cat([tried, tried[-1:].expand(static - rows, *tried.shape[1:])])
+                return work(padded)[:rows]
+            return work(tried)
+        except RuntimeError as error:
+            if not is_device_failure(error):
+                raise
+            if rows == 1 or static is not None:
+                raise _no_memory(self._ask) from error
+        # Outside the handler: the failed attempt's tensors are held by its traceback.
+        middle = rows // 2
+        return torch.cat([self._in_parts(part, work) for part in (tried[:middle], tried[middle:])])
+
+
+def _laid_out(values: Tensor, own: Tensor, layout: Layout) -> Tensor:
+    """(n c *space) back to how the model lays the layer out; prefix tokens are the row's own."""
+    match layout.kind:
+        case LayoutKind.CHANNELS_FIRST:
+            return values
+        case LayoutKind.CHANNELS_LAST:
+            return values.movedim(1, -1).contiguous()
+        case LayoutKind.TOKENS:
+            tokens = values.flatten(2).movedim(1, -1)
+            prefix = own[:, : layout.prefix].expand(len(values), layout.prefix, own.shape[2])
+            return torch.cat([prefix, tokens], dim=1)
+
+
+def _no_memory(ask: Ask) -> CamserveError:
+    return ExecutionFailed(
+        Reason.OUT_OF_MEMORY,
+        f"the device ran out of memory for one try of {ask.method.slug}; use a smaller input or a deeper layer",
+        metadata={"method": ask.method.slug},
+    )
