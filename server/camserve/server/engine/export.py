@@ -7,6 +7,7 @@ hooks on `ExportedProgram.module()` never fire; outputs, activations and gradien
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import zipfile
@@ -15,15 +16,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
 from torch.export.passes import move_to_device_pass
 
+from camserve.server.engine.export_cut import ExportCut
+from camserve.server.engine.export_flat import Flat, flatten
 from camserve.server.engine.export_relu import gated_nodes
 from camserve.server.engine.export_safety import check_archive
 from camserve.server.engine.hooked import HookedProgram
 from camserve.server.engine.hooked_relu import GATES
 from camserve.server.engine.look import message_of
-from camserve.server.engine.program import BackwardRule, ProgramKind
+from camserve.server.engine.program import BackwardRule, Cut, ProgramKind, TapName
 from camserve.server.errors import NotFound, Reason, Unsupported
 
 __all__ = ["ExportProgram", "load_export"]
@@ -54,7 +56,8 @@ class ExportProgram(HookedProgram):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         moved = move_to_device_pass(exported, torch.device(device))
-        module: nn.Module = torch.export.unflatten(moved)
+        module = torch.export.unflatten(moved)
+        self._unflattened = module
         super().__init__(
             kind=ProgramKind.EXPORT,
             module=module,
@@ -68,6 +71,18 @@ class ExportProgram(HookedProgram):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by the names they had in the eager model."""
         return {_CALL_SUFFIX.sub("", name): tensor for name, tensor in super().tensors().items()}
+
+    def cut(self, tap: TapName) -> Cut:
+        """Cuts at one tap, into two graphs where that can be done. Raises as `capture` does, and as `calls`."""
+        self.calls()
+        place = self._place(tap)
+        if self._flat is None:
+            return self._cut_by_rerun(place)
+        return ExportCut(self._unflattened, self._flat, place, functools.partial(self._cut_by_rerun, place))
+
+    @functools.cached_property
+    def _flat(self) -> Flat | None:
+        return flatten(self._unflattened)
 
     def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
         return gated_nodes(self._module, rule) if rule in GATES else contextlib.nullcontext()

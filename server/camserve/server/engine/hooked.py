@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.hooks import Taps, addresses_of, plain_attention, recorded, tapped
-from camserve.server.engine.program import BackwardRule, Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.program import BackwardRule, Call, Capture, Cut, Digests, ProgramKind, TapName
 from camserve.server.engine.rerun import RerunCut
 from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
 
@@ -145,10 +145,13 @@ class HookedProgram(abc.ABC):
     def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
         """Makes the forward in its body follow a rule, and refuses at its end where the rule could not be applied."""
 
-    def cut(self, tap: TapName) -> RerunCut:
+    def cut(self, tap: TapName) -> Cut:
         """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""
         self.calls()
-        return RerunCut(self._module, self._modules, self._place(tap), owned=self._owned)
+        return self._cut_by_rerun(self._place(tap))
+
+    def _cut_by_rerun(self, place: TapName) -> RerunCut:
+        return RerunCut(self._kind, self._module, self._modules, place, owned=self._owned)
 
     def _check_met(self, places: Mapping[TapName, TapName], met: Taps) -> None:
         """Refuses a forward that made other calls than the first one: its 'last call' would be another place."""
