@@ -255,11 +255,15 @@ def test_functions_are_kept_by_rule_and_a_forward_leaves_the_program_as_it_was()
     """Compiling happens once a rule; digests do not move."""
     program, x = program_of(resnet(), "script"), torch.randn(1, 3, 32, 32)
     before = program.digests()
-    first = [program._form(rule) for rule in BackwardRule if rule is not BackwardRule.ATTENTION]
+    first = [
+        program._form_of(rule, names_operators=False) for rule in BackwardRule if rule is not BackwardRule.ATTENTION
+    ]
     for rule in (*RULES, BackwardRule.PLAIN):
         program.capture([TapName("layer4")], x, rule=rule)
 
-    assert [True] * 3 == [form is program._form(rule) for form, rule in zip(first, BackwardRule, strict=False)]
+    again = [program._form_of(rule, names_operators=False) for rule in (BackwardRule.PLAIN, *RULES)]
+
+    assert [True] * 3 == [one is other for one, other in zip(first, again, strict=True)]
     assert [1, 1, 1] == [len(form._tapped) for form in first]
     assert before == program.digests()
 

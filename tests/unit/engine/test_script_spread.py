@@ -141,8 +141,8 @@ def test_the_tail_on_a_spread_crossing_is_the_whole_model_with_a_hook(
     build: Callable[[], nn.Module],
     layer: str,
     side: int,
-    crosses: bool,
-    how: str,  # noqa: FBT001 - a case
+    crosses: bool,  # noqa: FBT001 - a case
+    how: str,
 ) -> None:
     """For other numbers of rows than were looked at, and twice, with the values of the latest row."""
     model, example = build().eval(), torch.randn(1, 3, side, side)

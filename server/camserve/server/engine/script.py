@@ -25,6 +25,7 @@ from torch import Tensor
 from camserve.server.engine import script_graph as graphs
 from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.program import BackwardRule, Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.script_biases import biases_of
 from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
 from camserve.server.engine.script_rules import ruled_graph
 from camserve.server.engine.script_spread import Ambiguous, Crossing, Growth, grown, growth_of
@@ -107,6 +108,7 @@ class ScriptProgram:
         self._modules = frozenset(path for path, _ in self._archive.named_modules())
         self._plain = Form(graphs.marked_graph(self._archive, device, dtype), self._modules)
         self._forms: dict[tuple[BackwardRule, bool], Form] = {}
+        self._biases: Mapping[TapName, Tensor] | None = None
         self._copies_inputs = self._plain.writes_inputs
         self._cuts: collections.OrderedDict[tuple[bool, Pick], ScriptCut] = collections.OrderedDict()
         self._verified: set[tuple[int, tuple[Pick, ...]]] = set()
@@ -200,11 +202,26 @@ class ScriptProgram:
         self._cuts.move_to_end(key)
         return self._cuts[key]
 
-    def _form(self, rule: BackwardRule, taps: Sequence[TapName] = ()) -> Form:
-        """The form of a rule; one with named operators if a tap asks for an operator of an archive that has modules."""
-        has_operators = any(call.path.startswith("op.") for call in self._plain.calls)
-        names_operators = not has_operators and any(tap.path.startswith("op.") for tap in taps)
-        if (rule, names_operators) == (BackwardRule.PLAIN, False):
+    def biases(self) -> Mapping[TapName, Tensor]:
+        """What each affine layer adds to its output, (c), in order of execution; see `script_biases.py` for what that covers.
+
+        An operator whose output no module returns, and every one of a frozen archive, goes by a name such as `op.conv2d#3`.
+
+        Raises:
+            Unsupported: a layer's constant cannot be told; the message names the layer.
+        """
+        if self._biases is None:
+            self._biases = biases_of(self._form_of(BackwardRule.PLAIN, names_operators=True), self._archive)
+        return self._biases
+
+    def _form(self, rule: BackwardRule, taps: Sequence[TapName]) -> Form:
+        """The form of a rule in which all these taps have names."""
+        return self._form_of(rule, names_operators=any(tap.path.startswith("op.") for tap in taps))
+
+    def _form_of(self, rule: BackwardRule, *, names_operators: bool) -> Form:
+        """The form of a rule; on wish one with named operators, which a frozen archive always has."""
+        names_operators &= not any(call.path.startswith("op.") for call in self._plain.calls)
+        if rule is BackwardRule.PLAIN and not names_operators:
             return self._plain
         if (rule, names_operators) not in self._forms:
             graph = graphs.operators_marked(self._plain.graph) if names_operators else self._plain.graph

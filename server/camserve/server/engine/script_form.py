@@ -66,10 +66,6 @@ class Form:
             self.places[number] = dataclasses.replace(self.places[number], hazards=hazards)
         self._tapped.clear()
 
-    def has(self, path: str) -> bool:
-        """Whether a call goes by this path."""
-        return path in self._at
-
     def pick(self, tap: TapName) -> Pick:
         """Finds the tensor a tap names.
 
@@ -92,6 +88,11 @@ class Form:
         if tap.output is not None and tap.output not in place.keys:
             raise _not_found(tap, f"known: {names}" if names else f"it returns one tensor; write '{tap.path}'")
         return place.number, tap.output or ""
+
+    def name(self, number: int) -> TapName:
+        """What a call is called: its path alone if no other call has it."""
+        call = self.calls[number]
+        return TapName(call.path, call.index if len(self._at[call.path]) > 1 else None)
 
     def others(self, tap: TapName) -> str:
         """Names of other layers, for a message about this one."""

@@ -31,6 +31,7 @@ __all__ = [
     "attribute_tensors",
     "code_of",
     "compiled",
+    "constant_of",
     "constant_tensors",
     "copied",
     "discard_unused",
@@ -41,7 +42,9 @@ __all__ = [
     "mark_calls",
     "mark_operators",
     "marked_graph",
+    "marked_outputs",
     "marks",
+    "number_of",
     "operators_marked",
     "optional",
     "receiver",
@@ -247,6 +250,30 @@ def _number(graph: Graph) -> None:
         record.i_("number", number)
 
 
+def marked_outputs(node: Node) -> list[int]:
+    """The numbers of the calls that return a node's output unchanged: modules from the inside out, then its own, if it has one."""
+    modules: list[int] = []
+    own: list[int] = []
+    waiting = list(node.outputs())
+    while waiting:
+        users = [use.user for use in waiting.pop().uses()]
+        for mark in users:
+            if mark.kind() != _MARK or not mark.hasAttribute("path") or not _follows(mark, node):
+                continue
+            record = next(use.user for use in mark.output().uses() if use.user.kind() == _RECORD)
+            (own if record.s("path").startswith("op.") else modules).append(record.i("number"))
+            waiting.append(mark.output())
+    return modules + own
+
+
+def _follows(later: Node, earlier: Node) -> bool:
+    """Whether nothing that could write to a value stands between two nodes."""
+    node = later.prev()
+    while node.kind() in {_MARK, _RECORD, "prim::Constant", "prim::GetAttr"}:
+        node = node.prev()
+    return bool(node == earlier)
+
+
 def unmark(mark: Node | None, record: Node) -> None:
     """Takes one mark out of its graph: the value goes on as if the mark had never been."""
     record.destroy()
@@ -366,6 +393,31 @@ def attribute_tensors(graph: Graph, archive: torch.jit.ScriptModule) -> dict[str
         if isinstance(value, Tensor):
             found[f"{path}.{node.s('name')}" if path else node.s("name")] = value
     return found
+
+
+def constant_of(graph: Graph, archive: torch.jit.ScriptModule, value: Value) -> tuple[bool, Any]:
+    """Whether a value is the same in every forward because it is stored, and what it is."""
+    node = value.node()
+    while node.kind() in {"prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::detach"}:
+        node = node.inputsAt(0).node()
+    if node.kind() == "prim::Constant":
+        return True, node.output().toIValue()
+    if node.kind() != "prim::GetAttr":
+        return False, None
+    path = _module_path(graph, node.inputsAt(0))
+    module = None if path is None else _submodule(archive, path)
+    writes = {
+        (_module_path(graph, write.inputsAt(0)), write.s("name")) for write in graph.findAllNodes("prim::SetAttr")
+    }
+    if module is None or (path, node.s("name")) in writes:
+        return False, None
+    return True, module.getattr(node.s("name"))
+
+
+def number_of(value: Value) -> float | None:
+    """A constant number or truth value; None for anything else."""
+    constant = value.toIValue() if value.node().kind() == "prim::Constant" else None
+    return constant if isinstance(constant, (int, float)) else None
 
 
 def constant_tensors(graph: Graph) -> dict[str, Tensor]:
