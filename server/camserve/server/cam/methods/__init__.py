@@ -9,8 +9,11 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from camserve.server.cam.methods.activation_only import ACTIVATION_ONLY
 from camserve.server.cam.methods.attention import ATTENTION
 from camserve.server.cam.methods.components import COMPONENTS, first_component
+from camserve.server.cam.methods.elementwise import ELEMENTWISE
+from camserve.server.cam.methods.fullgrad import FULL_GRADIENT
 from camserve.server.cam.methods.input_space import INPUT_SPACE
 from camserve.server.cam.methods.method import (
     Amplified,
@@ -28,6 +31,7 @@ from camserve.server.cam.methods.method import (
     WorkClass,
 )
 from camserve.server.cam.methods.perturbation import PERTURBATION
+from camserve.server.cam.methods.second_order import SECOND_ORDER
 from camserve.server.cam.methods.weights import WEIGHTED
 from camserve.server.errors import Reason, Unsupported
 
@@ -51,7 +55,20 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.slug: method for method in (*WEIGHTED, *COMPONENTS, *PERTURBATION, *INPUT_SPACE, *ATTENTION)}
+    {
+        method.slug: method
+        for method in (
+            *WEIGHTED,
+            *ELEMENTWISE,
+            *SECOND_ORDER,
+            *COMPONENTS,
+            *ACTIVATION_ONLY,
+            *PERTURBATION,
+            *INPUT_SPACE,
+            *FULL_GRADIENT,
+            *ATTENTION,
+        )
+    }
 )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from camserve.server.errors import Reason, Unsupported
-from camserve.server.jobs import Parameters, Profile
+from camserve.server.jobs import Fusion, Parameters, Profile
 
 __all__ = [
     "Amplified",
@@ -90,6 +90,8 @@ class Evidence:
         curvature: H A, the Hessian of y with respect to A times A.
         input_gradient: dy/dx under the rule the method needs, (b c *input).
         bias: what the layer adds to each channel, for `Reads.BIASES`; None at the input.
+        grid: of an attention, the grid that its keys lie on once `prefix` of them are dropped; None for a plain sequence.
+        prefix: of an attention, how many keys before those of the grid belong to no place, such as the class token.
         parameters: of the method.
     """
 
@@ -99,6 +101,8 @@ class Evidence:
     curvature: Float[Tensor, "b c *space"] | None = None
     input_gradient: Float[Tensor, "b channels *input"] | None = None
     bias: Float[Tensor, "c"] | None = None
+    grid: tuple[int, ...] | None = None
+    prefix: int = 0
     parameters: Parameters = dataclasses.field(default_factory=Parameters)
 
 
@@ -253,6 +257,7 @@ class Method:
         variants: the arithmetic of libraries where it differs from the paper's.
         absent_from: profiles of libraries that do not have the method.
         contrast: how the target is turned into a contrast, by profile; None for most.
+        fusion: how its layers are always brought together, whatever the spec says; None leaves it to the spec.
         parameters: names of the `Parameters` it reads, besides `allows_partial`.
         can_smooth_eigen: whether components may take the place of its sum over channels.
     """
@@ -271,6 +276,7 @@ class Method:
     variants: Mapping[Profile, Arithmetic] = dataclasses.field(default_factory=dict)
     absent_from: frozenset[Profile] = frozenset()
     contrast: Mapping[Profile, Contrast] | None = None
+    fusion: Fusion | None = None
     parameters: frozenset[str] = frozenset()
     can_smooth_eigen: bool = False
 

@@ -1,4 +1,4 @@
-"""Methods that weigh channels or cells by a gradient, or by the head's own weights: CAM and the Grad-CAM family.
+"""Methods that weigh channels by their gradient, or by the head's own weights: CAM, Grad-CAM and its relatives.
 
 `weigh` functions take the evidence of one layer and give each channel's contribution (b c *space), whose sum is the map. No row's
 map depends on another row's values.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from camserve.server.cam.methods.method import Evidence, Family, Layerwise, Method, Need, WorkClass
+from camserve.server.cam.methods.method import Contrast, Evidence, Family, Layerwise, Method, Need, WorkClass
 from camserve.server.cam.methods.numerics import given, sum_space, widen
-from camserve.server.jobs import Profile
+from camserve.server.jobs import Fusion, Profile
 
-__all__ = ["WEIGHTED"]
+__all__ = ["WEIGHTED", "grad_cam"]
 
 
 def _cam(evidence: Evidence) -> Tensor:
@@ -22,7 +22,8 @@ def _cam(evidence: Evidence) -> Tensor:
     return weight.reshape(*weight.shape, *[1] * (activation.ndim - 2)) * activation
 
 
-def _grad_cam(evidence: Evidence) -> Tensor:
+def grad_cam(evidence: Evidence) -> Tensor:
+    """Grad-CAM, arXiv:1610.02391, equations 1 and 2: each channel weighed by its mean gradient; (b c *space), before the ReLU."""
     activation, gradient = widen(evidence.activation), given(evidence.gradient, Need.GRADIENT)
     cells = activation[0, 0].numel()
     return sum_space(gradient) / cells * activation
@@ -86,14 +87,6 @@ def _xgrad_cam_with(epsilon: float) -> Layerwise:
     return Layerwise(weigh)
 
 
-def _hirescam(evidence: Evidence) -> Tensor:
-    return given(evidence.gradient, Need.GRADIENT) * widen(evidence.activation)
-
-
-def _layercam(evidence: Evidence) -> Tensor:
-    return given(evidence.gradient, Need.GRADIENT).clamp_min(0) * widen(evidence.activation)
-
-
 _GRADIENT = frozenset({Need.GRADIENT})
 
 WEIGHTED = (
@@ -119,7 +112,7 @@ WEIGHTED = (
         family=Family.GRADIENT_WEIGHTED,
         work=WorkClass.ONE_GRADIENT,
         cost="one gradient",
-        arithmetic=Layerwise(_grad_cam),
+        arithmetic=Layerwise(grad_cam),
         can_smooth_eigen=True,
     ),
     Method(
@@ -152,28 +145,40 @@ WEIGHTED = (
         variants={Profile.PYTORCH_GRAD_CAM: _xgrad_cam_with(1e-7), Profile.TORCHCAM: _xgrad_cam_with(1e-8)},
     ),
     Method(
-        slug="hirescam",
-        title="HiResCAM",
-        paper="Draelos and Carin, Use HiResCAM instead of Grad-CAM, arXiv:2011.08891: sum_k g_k A_k cell by cell",
+        slug="finer-cam",
+        title="Finer-CAM",
+        paper="Zhang et al., Finer-CAM, arXiv:2501.11309: Grad-CAM of y_c - gamma y_d, over the 3 classes d nearest in score",
         needs=_GRADIENT,
         rectifies=True,
         family=Family.GRADIENT_WEIGHTED,
         work=WorkClass.ONE_GRADIENT,
         cost="one gradient",
-        arithmetic=Layerwise(_hirescam),
+        arithmetic=Layerwise(grad_cam),
+        # Grad-CAM is linear in the score, so the mean over the classes may be taken of scores rather than of maps.
+        contrast={
+            Profile.PAPER: Contrast(classes=3, weight=0.6),
+            Profile.PYTORCH_GRAD_CAM: Contrast(classes=3, weight=1.0, by_probability=True),
+            Profile.TORCHCAM: Contrast(classes=3, weight=0.6),
+        },
+        parameters=frozenset({"similar_classes", "contrast"}),
         can_smooth_eigen=True,
-        absent_from=frozenset({Profile.TORCHCAM}),
     ),
     Method(
-        slug="layercam",
-        title="LayerCAM",
-        paper="Jiang et al., LayerCAM, IEEE TIP 30 (2021), doi:10.1109/TIP.2021.3089943: ReLU sum_k ReLU(g_k) A_k cell by cell",
+        slug="refine-cam",
+        title="RefineCAM",
+        paper="How to Evaluate and Refine your CAM, arXiv:2605.14641: the product of several layers' normalised Grad-CAM++ maps",
         needs=_GRADIENT,
         rectifies=True,
         family=Family.GRADIENT_WEIGHTED,
         work=WorkClass.ONE_GRADIENT,
         cost="one gradient",
-        arithmetic=Layerwise(_layercam),
+        # The paper refines any CAM; Grad-CAM++ is what both libraries take unless told otherwise.
+        arithmetic=Layerwise(_grad_cam_plus_plus),
+        variants={
+            Profile.PYTORCH_GRAD_CAM: Layerwise(_grad_cam_plus_plus_with_epsilon),
+            Profile.TORCHCAM: Layerwise(_cubed_gradient),
+        },
+        fusion=Fusion.PRODUCT,
         can_smooth_eigen=True,
     ),
 )
