@@ -75,7 +75,7 @@ def signs(aims: Sequence[Aim | None], like: Tensor) -> Float[Tensor, "b"]:
 def contrasted(
     logits: npt.NDArray[np.floating], index: int, contrast: Contrast
 ) -> tuple[tuple[int, float], ...]:  # fmt: skip
-    """The terms of a class less its nearest classes (Finer-CAM, arXiv:2501.11309, equation 4).
+    """The terms of a class less its nearest classes (Finer-CAM, arXiv:2501.11309).
 
     Nearest are those whose logits are closest, ties by lower index, whatever score is differentiated: a saturated softmax no
     longer tells classes apart.
