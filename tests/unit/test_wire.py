@@ -15,22 +15,20 @@ from google.rpc import code_pb2
 from support.cards import LABELS, card, job, spec
 
 from camserve.server import jobs
-from camserve.server.cam.methods import METHODS
+from camserve.server.cam.methods import METHODS, Reads
 from camserve.server.errors import (
     CamserveError,
     DeadlineExceeded,
     ExecutionFailed,
     InvalidRequest,
-    NotFound,
     Reason,
     Unsupported,
 )
-from camserve.server.models.card import LayerCard, MethodCard
+from camserve.server.models.card import ExtraInput, LayerCard, MethodCard
 from camserve.server.models.recipe import InputRecipe
 from camserve.server.wire import words
 from camserve.server.wire.answers import card_message, response
 from camserve.server.wire.requests import job_from_request, request_id_of
-from camserve.server.wire.unbuilt import unbuilt_methods
 from camserve.v1 import (
     errors_pb2,
     explanation_service_pb2,
@@ -47,37 +45,48 @@ TABLES: dict[str, Mapping[int, object]] = {
     "DataType": words.DATA_TYPES,
     "Encoding": words.ENCODINGS,
     "Fusion": words.FUSIONS,
+    "Lane": words.LANES,
     "LayerLayout": words.LAYOUTS,
     "MapFlag": words.FLAGS,
     "MapSize": words.SIZES,
     "Method": words.METHODS,
     "Normalisation": words.NORMALISATIONS,
+    "OutputKind": words.OUTPUT_KINDS,
     "PixelFormat": words.PIXEL_FORMATS,
+    "Polarity": words.POLARITIES,
     "Profile": words.PROFILES,
     "ProgramKind": words.KINDS,
+    "Saliency": words.SALIENCIES,
     "Score": words.SCORES,
 }
-# Reasons have a contract test of their own, states are set by the service, lanes and polarities are refused as unbuilt.
-ELSEWHERE = {"ErrorReason", "ModelState", "Lane", "Polarity"}
+# Reasons have a contract test of their own, states are set by the service.
+ELSEWHERE = {"ErrorReason", "ModelState"}
 # What the contract says an unset enum means; everywhere else zero is refused or never sent.
 UNSET_MEANS = {
     "Encoding": jobs.Encoding.UINT8,
     "Fusion": jobs.Fusion.MEAN,
+    "Lane": jobs.Lane.STANDARD,
     "LayerLayout": "",
     "MapSize": jobs.MapSize.LAYER,
     "Normalisation": jobs.Normalisation.NONE,
+    "Polarity": jobs.Polarity.FOR,
     "Profile": jobs.Profile.PAPER,
+    "Saliency": jobs.Saliency.COLOUR,
     "Score": jobs.Score.LOGIT,
 }
 OURS = (
     jobs.Compression,
     jobs.Encoding,
     jobs.Fusion,
+    jobs.Lane,
     jobs.MapFlag,
     jobs.MapSize,
     jobs.Normalisation,
+    jobs.OutputKind,
     jobs.PixelFormat,
+    jobs.Polarity,
     jobs.Profile,
+    jobs.Saliency,
     jobs.Score,
 )
 
@@ -120,10 +129,9 @@ def test_every_enum_has_its_words():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_value_of_an_enum_is_known_or_refused(name):
-    """Every number has a word of ours; zero only where the contract gives it a meaning; ReST is refused as unbuilt."""
+    """Every number has a word of ours; zero only where the contract gives it a meaning."""
     numbers = {value.number for value in ENUMS[name].values}
     expected = numbers - ({0} - ({0} if name in UNSET_MEANS else set()))
-    expected -= {spec_pb2.SCORE_REST} if name == "Score" else set()
 
     assert expected == set(TABLES[name])
     assert UNSET_MEANS.get(name) == TABLES[name].get(0)
@@ -134,7 +142,6 @@ def test_every_word_of_ours_can_be_sent():
     for ours in OURS:
         assert set(ours) == set(TABLES[ours.__name__].values())
     assert METHODS.keys() <= set(words.METHODS.values())
-    assert METHODS.keys() | set(unbuilt_methods()) == set(words.METHODS.values())
 
 
 def test_two_numbers_for_one_word_answer_with_the_one_said_aloud():
@@ -152,7 +159,7 @@ EVERY_FIELD = {
     "target": (
         request(grad_cam(target=spec_pb2.Target(class_index=2, score=spec_pb2.SCORE_SOFTMAX))),
         0,
-        jobs.Target(kind=jobs.TargetKind.CLASS_INDEX, value=2, score=jobs.Score.SOFTMAX),
+        jobs.Target(about=jobs.ClassIndex(2), score=jobs.Score.SOFTMAX),
     ),
     "profile": (request(grad_cam(profile=spec_pb2.PROFILE_TORCHCAM)), 0, jobs.Profile.TORCHCAM),
     "fusion": (request(grad_cam(fusion=spec_pb2.FUSION_PRODUCT)), 0, jobs.Fusion.PRODUCT),
@@ -165,6 +172,50 @@ EVERY_FIELD = {
     "size": (request(grad_cam(size=spec_pb2.MAP_SIZE_INPUT)), 0, jobs.MapSize.INPUT),
     "encoding": (request(grad_cam(encoding=spec_pb2.ENCODING_PNG16)), 0, jobs.Encoding.PNG16),
     "overlay_opacity": (request(grad_cam(overlay_opacity=0.25)), 0, 0.25),
+    "parameters": (
+        request(
+            grad_cam(
+                parameters={
+                    "channels": 1,
+                    "samples": 2,
+                    "steps": 3,
+                    "seed": -4,
+                    "allow_partial": True,
+                    "noise": 0.5,
+                    "window": 6,
+                    "stride": 7,
+                    "concepts": 8,
+                    "similar_classes": 9,
+                    "contrast": -0.25,
+                }
+            )
+        ),
+        0,
+        jobs.Parameters(
+            channels=1,
+            samples=2,
+            steps=3,
+            seed=-4,
+            allows_partial=True,
+            noise=0.5,
+            window=6,
+            stride=7,
+            concepts=8,
+            similar_classes=9,
+            contrast=-0.25,
+        ),
+    ),
+    "smoothing": (
+        request(grad_cam(smoothing={"augmentation": True, "eigen": True})),
+        0,
+        jobs.Smoothing(augmentation=True, eigen=True),
+    ),
+    "saliency": (request(grad_cam(saliency=spec_pb2.SALIENCY_GRAY)), 0, jobs.Saliency.GRAY),
+    "regions": (
+        request(grad_cam(regions={"threshold": 0.5, "max_regions": 3})),
+        0,
+        jobs.RegionOptions(threshold=0.5, max_regions=3),
+    ),
 }
 
 
@@ -181,24 +232,13 @@ def test_a_bare_spec_takes_the_defaults():
     assert spec() == read_spec()
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, jobs.Target()),
-        ({"predicted": {}}, jobs.Target()),
-        ({"class_index": 0}, jobs.Target(kind=jobs.TargetKind.CLASS_INDEX, value=0)),
-        ({"class_label": "crane"}, jobs.Target(kind=jobs.TargetKind.CLASS_INDEX, value=2)),
-        ({"kth": {"k": 2}}, jobs.Target(kind=jobs.TargetKind.KTH, value=2)),
-        ({"top": {"k": 3}}, jobs.Target(kind=jobs.TargetKind.TOP_K, value=3)),
-        (
-            {"predicted": {}, "score": spec_pb2.SCORE_SOFTMAX, "polarity": spec_pb2.POLARITY_FOR},
-            jobs.Target(score=jobs.Score.SOFTMAX),
-        ),
-    ],
-)
-def test_targets_are_read(fields, expected):
-    """Every target that is built, with either score."""
-    assert expected == read_spec(target=spec_pb2.Target(**fields)).target
+def test_a_method_that_reads_no_layers_gets_none():
+    """The card's default is put in only where a method looks at layers; what the caller names is kept for validation to judge."""
+    expected = {slug: ("body",) if method.reads is Reads.LAYERS else () for slug, method in METHODS.items()}
+
+    numbers = words.inverse(words.METHODS)
+    specs = [spec_pb2.Spec(method=numbers[slug]) for slug in METHODS]
+    assert expected == {spec.method: spec.layers for spec in read(request(*specs)).specs}
 
 
 @pytest.mark.parametrize(
@@ -243,9 +283,25 @@ def test_the_rest_of_a_request_is_read():
 
 
 def test_the_prediction_lists_five_classes_unless_the_model_has_fewer():
-    """The default fits every model."""
+    """The default fits every model; a detector of one class still lists five objects."""
     assert 4 == read(request()).top_k
     assert 5 == read(request(), class_count=6, labels=()).top_k
+    assert 5 == read(request(), class_count=1, output_kind=jobs.OutputKind.DETECTION).top_k
+
+
+def test_where_and_how_urgently_to_look_is_read():
+    """The region of interest, the lane and the further inputs by name."""
+    tensor = input_pb2.Tensor(data_type=input_pb2.DATA_TYPE_FLOAT32, shape=[1], data=b"four")
+    box = input_pb2.Box(left_pixels=1, top_pixels=0, width_pixels=3, height_pixels=4)
+
+    plain, full = (
+        read(request()),
+        read(request(region_of_interest=box, lane="LANE_BULK", extra_inputs={"mask": tensor})),
+    )
+
+    assert (None, jobs.Lane.STANDARD, {}) == (plain.region_of_interest, plain.lane, plain.extra_inputs)
+    assert (jobs.Box(1, 0, 3, 4), jobs.Lane.BULK) == (full.region_of_interest, full.lane)
+    assert {"mask": jobs.TensorInput(dtype="float32", shape=(1,), data=b"four")} == full.extra_inputs
 
 
 @pytest.mark.parametrize(
@@ -296,6 +352,35 @@ BAD = {
         "frame.stride_bytes",
     ),
     "no data type": (request(tensor={"shape": [1]}), "tensor.data_type"),
+    "no data type of a further input": (
+        request(extra_inputs={"mask": input_pb2.Tensor(shape=[1])}),
+        'extra_inputs["mask"].data_type',
+    ),
+    "empty region of interest": (request(region_of_interest={"width_pixels": 1}), "region_of_interest.height_pixels"),
+    "region of interest left of the source": (
+        request(region_of_interest={"left_pixels": -1, "width_pixels": 1, "height_pixels": 1}),
+        "region_of_interest.left_pixels",
+    ),
+    "region of interest above the source": (
+        request(region_of_interest={"top_pixels": -1, "width_pixels": 1, "height_pixels": 1}),
+        "region_of_interest.top_pixels",
+    ),
+    "unknown lane": (request(lane=99), "lane"),
+    "unknown saliency": (request(grad_cam(saliency=99)), "specs[0].saliency"),
+    "unknown polarity": (request(grad_cam(target={"polarity": 99})), "specs[0].target.polarity"),
+    **{
+        f"{name} of 0": (request(grad_cam(parameters={name: 0})), f"specs[0].parameters.{name}")
+        for name in ("channels", "samples", "steps", "window", "stride", "concepts", "similar_classes")
+    },
+    "negative noise": (request(grad_cam(parameters={"noise": -0.5})), "specs[0].parameters.noise"),
+    "infinite noise": (request(grad_cam(parameters={"noise": math.inf})), "specs[0].parameters.noise"),
+    "contrast NaN": (request(grad_cam(parameters={"contrast": math.nan})), "specs[0].parameters.contrast"),
+    "no threshold": (request(grad_cam(regions={})), "specs[0].regions.threshold"),
+    "threshold above 1": (request(grad_cam(regions={"threshold": 1.5})), "specs[0].regions.threshold"),
+    "no regions": (
+        request(grad_cam(regions={"threshold": 1.0, "max_regions": 0})),
+        "specs[0].regions.max_regions",
+    ),
 }
 
 
@@ -310,37 +395,18 @@ def test_what_the_grammar_forbids_is_refused_at_its_field(name):
     assert error.message.startswith(field)
 
 
-@pytest.mark.parametrize(
-    ("message", "field"),
-    [(request(lane=99), "lane"), (request(grad_cam(target={"polarity": 99})), "specs[0].target.polarity")],
-)
-def test_values_of_the_future_are_refused(message, field):
-    """A number that this version does not know is not quietly taken for the default."""
-    error = refusal(message)
+def test_a_method_that_is_not_built_is_refused():
+    """Each of the contract's that the table lacks, with a list of those it has."""
+    numbers = words.inverse(words.METHODS)
+    for slug in set(words.METHODS.values()) - METHODS.keys():
+        error = refusal(request(grad_cam(), spec_pb2.Spec(method=numbers[slug])))
 
-    assert (Unsupported, field) == (type(error), error.field)
-
-
-def test_an_unknown_label_is_told_what_there_is():
-    """The labels, or that there are none."""
-    message = request(grad_cam(target={"class_label": "bus"}))
-
-    error = refusal(message)
-    assert (NotFound, Reason.LABEL_NOT_FOUND, "specs[0].target.class_label") == (
-        type(error),
-        error.reason,
-        error.field,
-    )
-    assert error.message.endswith(", ".join(LABELS))
-    assert refusal(message, labels=()).message.endswith("its card has no labels; use class_index")
-
-
-def test_a_label_of_several_classes_is_refused():
-    """ImageNet has a bird and a machine named crane: the first of them is not quietly taken."""
-    error = refusal(request(grad_cam(target={"class_label": "crane"})), labels=("crane", "dog", "crane", "lorry"))
-
-    assert (InvalidRequest, "specs[0].target.class_label") == (type(error), error.field)
-    assert "0, 2; use class_index" in error.message
+        assert (Unsupported, Reason.METHOD_NOT_IMPLEMENTED, "specs[1].method", slug) == (
+            type(error),
+            error.reason,
+            error.field,
+            error.metadata["method"],
+        )
 
 
 @pytest.mark.parametrize("given", ["x" * 129, "tab\there", "größe", "\n"])
@@ -360,12 +426,27 @@ def test_a_request_without_an_id_gets_one_of_its_own():
 
 RAW = jobs.RawMap(
     spec_index=1,
-    target=jobs.ResolvedTarget(class_index=2, score=jobs.Score.SOFTMAX, value=0.75, rank=1, count=3),
+    target=jobs.ResolvedTarget(
+        class_index=2,
+        score=jobs.Score.SOFTMAX,
+        value=0.75,
+        rank=1,
+        count=3,
+        polarity=jobs.Polarity.AGAINST,
+        other_class_index=1,
+        step=4,
+        cells=5,
+        box=jobs.Box(1.5, 2.0, 3.0, 4.25),
+        iou=0.625,
+        concept=6,
+        phrase="a crane",
+    ),
     values=np.zeros((2, 3), np.float32),
     raw_min=-0.5,
     raw_max=1.5,
     flags=frozenset({jobs.MapFlag.PARTIAL, jobs.MapFlag.CONSTANT}),
     layers=("stem", "body"),
+    completed=0.25,
 )
 HEATMAP = jobs.Heatmap(
     raw=RAW,
@@ -391,6 +472,7 @@ HEATMAP = jobs.Heatmap(
     ),
     raw_sha256=b"r" * 32,
     payload_sha256=b"p" * 32,
+    regions=(jobs.HeatRegion(box=jobs.Box(0.5, 1.00001, 2.0, 2.99997), peak=1.25, share=0.5),),
 )
 SUMMARY = jobs.Summary(
     job=job(),
@@ -411,12 +493,21 @@ SUMMARY = jobs.Summary(
     total_seconds=10.75,
 )
 PREDICTION = jobs.Prediction(
-    classes=(jobs.ClassScore(class_index=2, label="crane", logit=1.5, probability=0.5),),
+    classes=(jobs.ClassScore(class_index=2, label="crane", logit=1.5, probability=0.5, step=3),),
+    detections=(jobs.Detection(box=jobs.Box(0.25, 1.0, 2.0, 3.0), class_index=2, score=0.75, label="crane"),),
+    embedding=(0.5, -0.25),
 )
+
+
+def pixels(left: int, top: int, width: int, height: int) -> input_pb2.Box:
+    """A box as it is sent."""
+    return input_pb2.Box(left_pixels=left, top_pixels=top, width_pixels=width, height_pixels=height)
 
 
 def is_filled(message: Message) -> None:
     """Asserts that every field of a message, and of those inside it, is set: none was forgotten."""
+    if isinstance(message, input_pb2.Box):  # Whose zeros are places.
+        return
     assert {field.name for field in message.DESCRIPTOR.fields} == {field.name for field, _ in message.ListFields()}
     for field, value in message.ListFields():
         if field.message_type is not None and field.message_type.full_name != "google.protobuf.Duration":
@@ -431,7 +522,11 @@ def test_a_prediction_arrives_whole():
     assert "prediction" == answer.WhichOneof("event")
     is_filled(answer.prediction)
     (entry,) = answer.prediction.classes
-    assert (2, "crane", 1.5, 0.5) == (entry.class_index, entry.label, entry.logit, entry.probability)
+    assert (2, "crane", 1.5, 0.5, 3) == (entry.class_index, entry.label, entry.logit, entry.probability, entry.step)
+    (found,) = answer.prediction.detections
+    # Outwards: from 0.25 to 2.25 are three columns.
+    assert (pixels(0, 1, 3, 3), 2, "crane", 0.75) == (found.box, found.class_index, found.label, found.score)
+    assert [0.5, -0.25] == list(answer.prediction.embedding)
 
 
 def test_a_heatmap_arrives_whole():
@@ -447,6 +542,21 @@ def test_a_heatmap_arrives_whole():
         target.score,
         target.value,
     )
+    assert (spec_pb2.POLARITY_AGAINST, 1, 4, 5, 0.625, 6, "a crane") == (
+        target.polarity,
+        target.other_class_index,
+        target.step,
+        target.cells,
+        target.iou,
+        target.concept,
+        target.phrase,
+    )
+    expected = heatmap_pb2.Detection(box=pixels(1, 2, 4, 5), class_index=2, label="crane", score=0.75)
+    assert expected == target.detection
+    (region,) = message.regions
+    # A hair beyond row 1 and before row 4 is rounding, not a row.
+    assert (pixels(0, 1, 3, 3), 1.25, 0.5) == (region.box, region.peak, region.share)
+    assert 0.25 == message.completed
     assert (HEATMAP.method, HEATMAP.profile) == (words.METHODS[message.method], words.PROFILES[message.profile])
     assert (HEATMAP.encoding, HEATMAP.compression) == (
         words.ENCODINGS[message.encoding],
@@ -478,6 +588,17 @@ def test_a_tensor_has_no_geometry():
     message = response(dataclasses.replace(HEATMAP, geometry=None), card()).heatmap
 
     assert not message.HasField("geometry")
+
+
+def test_a_map_about_no_class_says_so():
+    """Unset, rather than class 0; nor is anything else claimed that it is not about."""
+    target = jobs.ResolvedTarget(class_index=None, score=jobs.Score.LOGIT, value=0.0)
+    raw = dataclasses.replace(RAW, target=target, completed=1.0)
+
+    message = response(dataclasses.replace(HEATMAP, raw=raw, label=""), card()).heatmap
+
+    assert {"score", "polarity"} == {field.name for field, _ in message.target.ListFields()}
+    assert 1.0 == message.completed
 
 
 def test_a_summary_arrives_whole():
@@ -538,6 +659,10 @@ def test_a_card_arrives_whole():
                 LayerCard(name="body", shape=(16, 8, 8), layout="tokens", map_shape=(8, 8), refusal="for the test"),
             ),
             methods=(MethodCard(slug="grad-cam", works=True, note="for the test"),),
+            output_kind=jobs.OutputKind.SEGMENTATION,
+            stages=("stem", "body"),
+            phrases=("a crane",),
+            extra_inputs=(ExtraInput(name="mask", shape=(1, 32, 32), dtype="float32"),),
         )
     )
 
@@ -550,6 +675,13 @@ def test_a_card_arrives_whole():
         message.default_layer,
     )
     assert model_service_pb2.LAYER_LAYOUT_TOKENS == message.layers[0].layout
+    assert (model_service_pb2.OUTPUT_KIND_SEGMENTATION, ["stem", "body"], ["a crane"]) == (
+        message.output_kind,
+        list(message.stages),
+        list(message.phrases),
+    )
+    (extra,) = message.extra_inputs
+    assert ("mask", [1, 32, 32], "float32") == (extra.name, list(extra.shape), extra.dtype)
     assert spec_pb2.METHOD_GRAD_CAM == message.methods[0].method
     assert ([3, 32, 32], "stretch", [0.5], [0.25], "rgb") == (
         list(message.input.shape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,16 +14,20 @@ from camserve.server import errors, jobs
 from camserve.server.models.card import ModelCard
 from camserve.server.wire import words
 from camserve.v1 import explanation_service_pb2 as service_pb2
-from camserve.v1 import heatmap_pb2, model_service_pb2
+from camserve.v1 import heatmap_pb2, input_pb2, model_service_pb2
 
 __all__ = ["DOMAIN", "card_message", "response", "status_of"]
 
 DOMAIN = "camserve"
+# Far below a pixel, far above what rounding leaves.
+_HAIR = 1e-4
 
 # The stubs want their own enum types where the run time takes any number; Any stands between.
 _METHODS: Mapping[str, Any] = words.inverse(words.METHODS)
 _PROFILES: Mapping[jobs.Profile, Any] = words.inverse(words.PROFILES)
 _SCORES: Mapping[jobs.Score, Any] = words.inverse(words.SCORES)
+_POLARITIES: Mapping[jobs.Polarity, Any] = words.inverse(words.POLARITIES)
+_OUTPUT_KINDS: Mapping[jobs.OutputKind, Any] = words.inverse(words.OUTPUT_KINDS)
 _ENCODINGS: Mapping[jobs.Encoding, Any] = words.inverse(words.ENCODINGS)
 _COMPRESSIONS: Mapping[jobs.Compression, Any] = words.inverse(words.COMPRESSIONS)
 _FLAGS: Mapping[jobs.MapFlag, Any] = words.inverse(words.FLAGS)
@@ -139,17 +144,69 @@ def card_message(card: ModelCard) -> model_service_pb2.ModelCard:
         rows_independent=card.rows_independent,
         warm_up=_duration(card.warm_up_seconds),
         notes=card.notes,
+        output_kind=_OUTPUT_KINDS[card.output_kind],
+        stages=card.stages,
+        phrases=card.phrases,
+        extra_inputs=[
+            model_service_pb2.ExtraInputInfo(name=extra.name, shape=extra.shape, dtype=extra.dtype)
+            for extra in card.extra_inputs
+        ],
     )
 
 
 def _prediction(prediction: jobs.Prediction, card: ModelCard) -> heatmap_pb2.Prediction:
-    classes = [
-        heatmap_pb2.ClassScore(
-            class_index=entry.class_index, label=entry.label, logit=entry.logit, probability=entry.probability
-        )
-        for entry in prediction.classes
-    ]
-    return heatmap_pb2.Prediction(classes=classes, model=card.name, version=card.version)
+    return heatmap_pb2.Prediction(
+        classes=[
+            heatmap_pb2.ClassScore(
+                class_index=entry.class_index,
+                label=entry.label,
+                logit=entry.logit,
+                probability=entry.probability,
+                step=entry.step,
+            )
+            for entry in prediction.classes
+        ],
+        model=card.name,
+        version=card.version,
+        detections=[
+            _detection(found.box, found.class_index, found.label, found.score) for found in prediction.detections
+        ],
+        embedding=prediction.embedding,
+    )
+
+
+def _detection(box: jobs.Box, class_index: int, label: str, score: float) -> heatmap_pb2.Detection:
+    return heatmap_pb2.Detection(box=_outwards(box), class_index=class_index, label=label, score=score)
+
+
+def _outwards(box: jobs.Box) -> input_pb2.Box:
+    """The smallest box of whole pixels around a box; a hair that arithmetic left beyond an edge does not count."""
+    left, top = math.floor(box.left + _HAIR), math.floor(box.top + _HAIR)
+    return input_pb2.Box(
+        left_pixels=left,
+        top_pixels=top,
+        width_pixels=math.ceil(box.left + box.width - _HAIR) - left,
+        height_pixels=math.ceil(box.top + box.height - _HAIR) - top,
+    )
+
+
+def _target(target: jobs.ResolvedTarget, label: str) -> heatmap_pb2.ResolvedTarget:
+    message = heatmap_pb2.ResolvedTarget(
+        class_index=target.class_index,
+        label=label,
+        score=_SCORES[target.score],
+        value=target.value,
+        polarity=_POLARITIES[target.polarity],
+        other_class_index=target.other_class_index,
+        step=target.step,
+        cells=target.cells,
+        iou=target.iou,
+        concept=target.concept,
+        phrase=target.phrase,
+    )
+    if target.box is not None:
+        message.detection.CopyFrom(_detection(target.box, target.class_index or 0, label, target.value))
+    return message
 
 
 def _heatmap(heatmap: jobs.Heatmap) -> heatmap_pb2.Heatmap:
@@ -158,12 +215,7 @@ def _heatmap(heatmap: jobs.Heatmap) -> heatmap_pb2.Heatmap:
         spec_index=raw.spec_index,
         target_index=raw.target.rank,
         target_count=raw.target.count,
-        target=heatmap_pb2.ResolvedTarget(
-            class_index=raw.target.class_index,
-            label=heatmap.label,
-            score=_SCORES[raw.target.score],
-            value=raw.target.value,
-        ),
+        target=_target(raw.target, heatmap.label),
         method=_METHODS[heatmap.method],
         profile=_PROFILES[heatmap.profile],
         layers=raw.layers,
@@ -179,6 +231,11 @@ def _heatmap(heatmap: jobs.Heatmap) -> heatmap_pb2.Heatmap:
         flags=sorted(_FLAGS[flag] for flag in raw.flags),
         raw_sha256=heatmap.raw_sha256,
         payload_sha256=heatmap.payload_sha256,
+        regions=[
+            heatmap_pb2.HeatRegion(box=_outwards(region.box), peak=region.peak, share=region.share)
+            for region in heatmap.regions
+        ],
+        completed=raw.completed,
     )
     geometry = heatmap.geometry
     if geometry is not None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from camserve.server import jobs
 from camserve.server.errors import InvalidRequest, Reason
-from camserve.v1 import heatmap_pb2, input_pb2, model_service_pb2, spec_pb2
+from camserve.v1 import explanation_service_pb2, heatmap_pb2, input_pb2, model_service_pb2, spec_pb2
 
 __all__ = [
     "COMPRESSIONS",
@@ -17,11 +17,15 @@ __all__ = [
     "FLAGS",
     "FUSIONS",
     "KINDS",
+    "LANES",
     "LAYOUTS",
     "METHODS",
     "NORMALISATIONS",
+    "OUTPUT_KINDS",
     "PIXEL_FORMATS",
+    "POLARITIES",
     "PROFILES",
+    "SALIENCIES",
     "SCORES",
     "SIZES",
     "inverse",
@@ -64,6 +68,17 @@ METHODS = _table(
         spec_pb2.METHOD_SHAPLEY_CAM: "shapley-cam",
         spec_pb2.METHOD_LE_GRAD: "legrad",
         spec_pb2.METHOD_ATTENTION_ROLLOUT: "attention-rollout",
+        spec_pb2.METHOD_SEG_EIGEN_CAM: "seg-eigen-cam",
+        spec_pb2.METHOD_KPCA_CAM: "kpca-cam",
+        spec_pb2.METHOD_FEM: "fem",
+        spec_pb2.METHOD_REFINE_CAM: "refine-cam",
+        spec_pb2.METHOD_DEEP_FEATURE_FACTORISATION: "deep-feature-factorisation",
+        spec_pb2.METHOD_SS_CAM: "ss-cam",
+        spec_pb2.METHOD_IS_CAM: "is-cam",
+        spec_pb2.METHOD_GROUP_CAM: "group-cam",
+        spec_pb2.METHOD_RISE: "rise",
+        spec_pb2.METHOD_SESS: "sess",
+        spec_pb2.METHOD_SEG_XRES_CAM: "seg-xres-cam",
     }
 )
 PROFILES = _table(
@@ -88,6 +103,31 @@ SCORES = _table(
         spec_pb2.SCORE_UNSPECIFIED: jobs.Score.LOGIT,
         spec_pb2.SCORE_LOGIT: jobs.Score.LOGIT,
         spec_pb2.SCORE_SOFTMAX: jobs.Score.SOFTMAX,
+        spec_pb2.SCORE_REST: jobs.Score.REST,
+    }
+)
+POLARITIES = _table(
+    {
+        spec_pb2.POLARITY_UNSPECIFIED: jobs.Polarity.FOR,
+        spec_pb2.POLARITY_FOR: jobs.Polarity.FOR,
+        spec_pb2.POLARITY_AGAINST: jobs.Polarity.AGAINST,
+    }
+)
+SALIENCIES = _table(
+    {
+        spec_pb2.SALIENCY_UNSPECIFIED: jobs.Saliency.COLOUR,
+        spec_pb2.SALIENCY_COLOUR: jobs.Saliency.COLOUR,
+        spec_pb2.SALIENCY_GRAY: jobs.Saliency.GRAY,
+        spec_pb2.SALIENCY_POSITIVE: jobs.Saliency.POSITIVE,
+        spec_pb2.SALIENCY_NEGATIVE: jobs.Saliency.NEGATIVE,
+    }
+)
+LANES = _table(
+    {
+        explanation_service_pb2.LANE_UNSPECIFIED: jobs.Lane.STANDARD,
+        explanation_service_pb2.LANE_INTERACTIVE: jobs.Lane.INTERACTIVE,
+        explanation_service_pb2.LANE_STANDARD: jobs.Lane.STANDARD,
+        explanation_service_pb2.LANE_BULK: jobs.Lane.BULK,
     }
 )
 SIZES = _table(
@@ -159,6 +199,17 @@ KINDS = _table(
         model_service_pb2.PROGRAM_KIND_TORCHSCRIPT: "torchscript",
         model_service_pb2.PROGRAM_KIND_EXPORT: "export",
         model_service_pb2.PROGRAM_KIND_EAGER: "eager",
+    }
+)
+OUTPUT_KINDS = _table(
+    {
+        model_service_pb2.OUTPUT_KIND_CLASSIFICATION: jobs.OutputKind.CLASSIFICATION,
+        model_service_pb2.OUTPUT_KIND_MULTI_LABEL: jobs.OutputKind.MULTI_LABEL,
+        model_service_pb2.OUTPUT_KIND_REGRESSION: jobs.OutputKind.REGRESSION,
+        model_service_pb2.OUTPUT_KIND_EMBEDDING: jobs.OutputKind.EMBEDDING,
+        model_service_pb2.OUTPUT_KIND_SEGMENTATION: jobs.OutputKind.SEGMENTATION,
+        model_service_pb2.OUTPUT_KIND_SEQUENCE: jobs.OutputKind.SEQUENCE,
+        model_service_pb2.OUTPUT_KIND_DETECTION: jobs.OutputKind.DETECTION,
     }
 )
 LAYOUTS = _table(
