@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from support.cards import card, job, spec
@@ -8,7 +9,7 @@ from support.cards import card, job, spec
 from camserve.server import jobs
 from camserve.server.cam.methods import METHODS
 from camserve.server.errors import CamserveError, InvalidRequest, NotFound, Reason, Unsupported
-from camserve.server.models.card import MethodCard
+from camserve.server.models.card import ExtraInput, MethodCard
 from camserve.server.validate import RequestLimits, check_job, check_size
 
 LIMITS = RequestLimits(max_specs=3, max_maps=6)
@@ -22,9 +23,9 @@ def refusal(request: jobs.Job, model=None) -> CamserveError:
     return caught.value
 
 
-def target(kind: jobs.TargetKind, value: int) -> jobs.Spec:
-    """Grad-CAM about that target."""
-    return spec(target=jobs.Target(kind=kind, value=value))
+def about(what: jobs.About, **changes: Any) -> jobs.Spec:
+    """Grad-CAM about that."""
+    return spec(target=jobs.Target(about=what, **changes))
 
 
 @pytest.mark.parametrize(
@@ -34,19 +35,83 @@ def target(kind: jobs.TargetKind, value: int) -> jobs.Spec:
         job(top_k=4),
         job(*(spec(index) for index in range(3))),
         job(spec(layers=("stem", "body#0"))),
-        job(target(jobs.TargetKind.CLASS_INDEX, 0)),
-        job(target(jobs.TargetKind.CLASS_INDEX, 3)),
-        job(target(jobs.TargetKind.KTH, 1)),
-        job(target(jobs.TargetKind.KTH, 4)),
-        job(target(jobs.TargetKind.TOP_K, 4)),
+        job(about(jobs.ClassIndex(0))),
+        job(about(jobs.ClassIndex(3))),
+        job(about(jobs.KthClass(1))),
+        job(about(jobs.KthClass(4))),
+        job(about(jobs.TopClasses(4))),
         job(spec(encoding=jobs.Encoding.OVERLAY_PNG, size=jobs.MapSize.SOURCE)),
         job(spec(profile=jobs.Profile.TORCHCAM)),
+        job(about(jobs.ClassesAbove(0.5))),
+        job(about(jobs.Difference(0, 3, 0.5), score=jobs.Score.REST, polarity=jobs.Polarity.AGAINST)),
+        job(spec(regions=jobs.RegionOptions(threshold=0.5))),
+        job(spec(smoothing=jobs.Smoothing(augmentation=True))),
         job(spec(size=jobs.MapSize.INPUT), payload=TENSOR),
     ],
 )
 def test_what_the_model_can_do_passes(request_):
     """The ends of every range, any spelling of a layer, any rendering the input allows."""
     check_job(request_, card(), LIMITS)
+
+
+SMALL = jobs.TensorInput(dtype="float32", shape=(2,), data=b"8 bytes.")
+TWO_INPUTS = card(extra_inputs=(ExtraInput(name="mask", shape=(2,), dtype="float32"),))
+
+
+def test_the_further_inputs_are_those_of_the_card():
+    """Each of the card's, none besides, in its shape and with all its bytes."""
+    check_job(job(extra_inputs={"mask": SMALL}), TWO_INPUTS, LIMITS)
+
+    for sent, model, told in (
+        ({}, TWO_INPUTS, "takes mask (float32 (2,)); sent: none"),
+        ({"mask": SMALL, "more": SMALL}, TWO_INPUTS, "sent: mask, more"),
+        ({"mask": SMALL}, card(), "takes no input besides the first; sent: mask"),
+    ):
+        error = refusal(job(extra_inputs=sent), model)
+        assert (Reason.FIELD_INVALID, "extra_inputs") == (error.reason, error.field)
+        assert told in error.message
+    for changed in ({"shape": (1,)}, {"data": b"short"}):
+        error = refusal(job(extra_inputs={"mask": dataclasses.replace(SMALL, **changed)}), TWO_INPUTS)
+        assert (Reason.TENSOR_MISMATCH, 'extra_inputs["mask"]') == (error.reason, error.field)
+
+
+def test_a_tensor_has_no_region_of_interest():
+    """It is the model's whole input already."""
+    region = jobs.Box(0, 0, 8, 8)
+    check_job(job(region_of_interest=region), card(), LIMITS)
+
+    assert "region_of_interest" == refusal(job(region_of_interest=region, payload=TENSOR)).field
+
+
+def test_a_detector_lists_as_many_objects_as_asked_for():
+    """Their number has nothing to do with its classes."""
+    model = card(output_kind=jobs.OutputKind.DETECTION)
+    check_job(job(top_k=100), model, LIMITS)
+
+    assert "top_k" == refusal(job(top_k=0), model).field
+
+
+@pytest.mark.parametrize(
+    ("what", "maps", "changes"),
+    [
+        (jobs.ClassesAbove(0.5), 1, {}),
+        (jobs.ClassesAbove(0.25), 3, {}),
+        (jobs.ClassesAbove(0.0), 4, {}),
+        (jobs.ClassesAbove(0.9), 4, {"output_kind": jobs.OutputKind.MULTI_LABEL}),
+        (jobs.ClassesAbove(1.0), 1, {}),
+        (jobs.TopClasses(3), 3, {}),
+        (jobs.Steps((0, 1, 2)), 3, {"output_kind": jobs.OutputKind.SEQUENCE}),
+        (jobs.Steps((), 1, 4), 4, {"output_kind": jobs.OutputKind.SEQUENCE}),
+    ],
+)
+def test_maps_are_counted_before_they_are_made(what, maps, changes):
+    """The most there can be: of a softmax at most one class is above a half, of independent classes all may be."""
+    model = card(**changes)
+    check_job(job(about(what)), model, RequestLimits(max_specs=1, max_maps=maps))
+
+    with pytest.raises(InvalidRequest, match=f"may give {maps} maps") as caught:
+        check_job(job(about(what)), model, RequestLimits(max_specs=1, max_maps=maps - 1))
+    assert Reason.TOO_MANY_SPECS == caught.value.reason
 
 
 def test_too_many_specs_are_told_by_their_number():
@@ -62,25 +127,25 @@ def test_too_many_specs_are_told_by_their_number():
 @pytest.mark.parametrize(
     ("request_", "kind", "reason", "field"),
     [
-        (job(*(target(jobs.TargetKind.TOP_K, 4),) * 2), InvalidRequest, Reason.TOO_MANY_SPECS, "specs"),
+        (job(*(about(jobs.TopClasses(4)),) * 2), InvalidRequest, Reason.TOO_MANY_SPECS, "specs"),
         (job(top_k=0), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "top_k"),
         (job(top_k=5), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "top_k"),
         (
-            job(target(jobs.TargetKind.CLASS_INDEX, -1)),
+            job(about(jobs.ClassIndex(-1))),
             InvalidRequest,
             Reason.CLASS_OUT_OF_RANGE,
             "specs[0].target.class_index",
         ),
         (
-            job(target(jobs.TargetKind.CLASS_INDEX, 4)),
+            job(about(jobs.ClassIndex(4))),
             InvalidRequest,
             Reason.CLASS_OUT_OF_RANGE,
             "specs[0].target.class_index",
         ),
-        (job(target(jobs.TargetKind.KTH, 0)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.kth.k"),
-        (job(target(jobs.TargetKind.KTH, 5)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.kth.k"),
-        (job(target(jobs.TargetKind.TOP_K, 0)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.top.k"),
-        (job(target(jobs.TargetKind.TOP_K, 5)), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.top.k"),
+        (job(about(jobs.KthClass(0))), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.kth.k"),
+        (job(about(jobs.KthClass(5))), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.kth.k"),
+        (job(about(jobs.TopClasses(0))), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.top.k"),
+        (job(about(jobs.TopClasses(5))), InvalidRequest, Reason.CLASS_OUT_OF_RANGE, "specs[0].target.top.k"),
         (job(spec(), spec(1, layers=("stem", "tail"))), NotFound, Reason.LAYER_NOT_FOUND, "specs[1].layers[1]"),
         (job(spec(layers=("head",))), Unsupported, Reason.LAYER_UNUSABLE, "specs[0].layers[0]"),
         (job(spec(layers=("body", "stem", "body"))), InvalidRequest, Reason.FIELD_INVALID, "specs[0].layers[2]"),

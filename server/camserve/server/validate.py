@@ -12,9 +12,12 @@ import difflib
 from camserve.server import jobs
 from camserve.server.cam.methods import METHODS
 from camserve.server.errors import InvalidRequest, NotFound, Reason, Unsupported
-from camserve.server.models.card import ModelCard
+from camserve.server.method_rules import check_method, maps_for_each_target
+from camserve.server.models.card import ExtraInput, ModelCard
+from camserve.server.target_rules import check_target
+from camserve.server.tensors import check_tensor
 
-__all__ = ["RequestLimits", "check_job", "check_size"]
+__all__ = ["RequestLimits", "check_job", "check_size", "most_maps"]
 
 # A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
 _COMPARED_CHARACTERS = 128
@@ -49,54 +52,86 @@ def check_job(job: jobs.Job, card: ModelCard, limits: RequestLimits) -> None:
     Raises:
         CamserveError: with the field at fault and what would be right.
     """
-    if not 1 <= job.top_k <= card.class_count:
-        raise _out_of_range("top_k", job.top_k, 1, card.class_count, card)
+    _check_top_k(job.top_k, card)
+    _check_extra_inputs(job, card)
+    if job.region_of_interest is not None and isinstance(job.payload, jobs.TensorInput):
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            "region_of_interest is a part of a picture, and a tensor is the model's whole input; leave it out",
+            field="region_of_interest",
+        )
     maps = 0
     for spec in job.specs:
         field = f"specs[{spec.index}]"
-        _check_method(spec, card, field)
-        _check_profile(spec, field)
-        for place, name in enumerate(spec.layers):
-            _check_layer(name, spec, card, f"{field}.layers[{place}]")
-            if any(name in card.spellings(other) for other in spec.layers[:place]):
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID,
-                    f"{field}.layers[{place}] names {name!r} again; name each layer once",
-                    field=f"{field}.layers[{place}]",
-                    metadata={"layer": name},
-                )
-        maps += _check_target(spec.target, card, f"{field}.target")
-        _check_rendering(spec, job.payload, f"{field}")
+        check_method(spec, card, field)
+        _check_layers(spec, card, field)
+        maps += most_maps(spec, card)
+        _check_rendering(spec, job.payload, field)
     if maps > limits.max_maps:
         raise InvalidRequest(
             Reason.TOO_MANY_SPECS,
-            f"the specs ask for {maps} maps, more than the {limits.max_maps} this server makes in one request",
+            f"the specs may give {maps} maps, more than the {limits.max_maps} this server makes in one request; ask about fewer "
+            "classes, steps or concepts, or send several requests",
             field="specs",
             metadata={"maps": maps, "limit": limits.max_maps},
         )
 
 
-def _check_method(spec: jobs.Spec, card: ModelCard, field: str) -> None:
-    method = card.method(spec.method)
-    if method is None or method.works:
-        return
-    working = ", ".join(entry.slug for entry in card.methods if entry.works) or "none"
-    raise Unsupported(
-        Reason.METHOD_UNSUPPORTED_BY_MODEL,
-        f"{spec.method} does not work on model {card.name!r} ({card.kind}): {method.note}; methods that do: {working}",
-        field=f"{field}.method",
-        metadata={"method": spec.method, "model": card.name},
-    )
+def _check_top_k(top_k: int, card: ModelCard) -> None:
+    if card.output_kind in (jobs.OutputKind.DETECTION, jobs.OutputKind.EMBEDDING):
+        # Nothing that is listed has a number known before the pass.
+        if top_k < 1:
+            raise InvalidRequest(Reason.FIELD_INVALID, f"top_k must be at least 1, is {top_k}", field="top_k")
+    elif not 1 <= top_k <= card.class_count:
+        raise InvalidRequest(
+            Reason.CLASS_OUT_OF_RANGE,
+            f"top_k must be from 1 to {card.class_count} for model {card.name!r} with {card.class_count} classes, is {top_k}",
+            field="top_k",
+            metadata={"value": top_k, "lowest": 1, "highest": card.class_count, "model": card.name},
+        )
 
 
-def _check_profile(spec: jobs.Spec, field: str) -> None:
-    if spec.profile in METHODS[spec.method].absent_from:
+def _check_extra_inputs(job: jobs.Job, card: ModelCard) -> None:
+    wanted = {entry.name: entry for entry in card.extra_inputs}
+    if job.extra_inputs.keys() != wanted.keys():
+        takes = ", ".join(map(_described, card.extra_inputs)) or "no input besides the first"
+        sent = ", ".join(sorted(job.extra_inputs)) or "none"
         raise InvalidRequest(
             Reason.FIELD_INVALID,
-            f"{field}.profile {spec.profile} has no {spec.method}: that library does not offer it; use profile paper",
-            field=f"{field}.profile",
-            metadata={"method": spec.method, "profile": spec.profile},
+            f"extra_inputs must be those of model {card.name!r}, which takes {takes}; sent: {sent}",
+            field="extra_inputs",
+            metadata={"sent": sent, "expected": takes, "model": card.name},
         )
+    for name, tensor in job.extra_inputs.items():
+        field = f'extra_inputs["{name}"]'
+        if tensor.shape != wanted[name].shape:
+            raise InvalidRequest(
+                Reason.TENSOR_MISMATCH,
+                f"{field} is {tensor.dtype} {tensor.shape}; model {card.name!r} takes {_described(wanted[name])}",
+                field=field,
+                metadata={"shape": tensor.shape, "expected": wanted[name].shape, "model": card.name},
+            )
+        try:
+            check_tensor(tensor)
+        except InvalidRequest as error:
+            error.at(field)
+            raise
+
+
+def _described(extra: ExtraInput) -> str:
+    return f"{extra.name} ({extra.dtype} {extra.shape})"
+
+
+def _check_layers(spec: jobs.Spec, card: ModelCard, field: str) -> None:
+    for place, name in enumerate(spec.layers):
+        _check_layer(name, spec, card, f"{field}.layers[{place}]")
+        if any(name in card.spellings(other) for other in spec.layers[:place]):
+            raise InvalidRequest(
+                Reason.FIELD_INVALID,
+                f"{field}.layers[{place}] names {name!r} again; name each layer once",
+                field=f"{field}.layers[{place}]",
+                metadata={"layer": name},
+            )
 
 
 def _check_layer(name: str, spec: jobs.Spec, card: ModelCard, field: str) -> None:
@@ -141,34 +176,6 @@ def _some(layers: list[str]) -> str:
     return f"the card lists all {len(layers)}, such as {', '.join(blocks[:8])}"
 
 
-def _check_target(target: jobs.Target, card: ModelCard, field: str) -> int:
-    """Returns how many maps the target gives."""
-    match target.kind:
-        case jobs.TargetKind.PREDICTED:
-            return 1
-        case jobs.TargetKind.CLASS_INDEX:
-            if not 0 <= target.value < card.class_count:
-                raise _out_of_range(f"{field}.class_index", target.value, 0, card.class_count - 1, card)
-            return 1
-        case jobs.TargetKind.KTH:
-            if not 1 <= target.value <= card.class_count:
-                raise _out_of_range(f"{field}.kth.k", target.value, 1, card.class_count, card)
-            return 1
-        case jobs.TargetKind.TOP_K:
-            if not 1 <= target.value <= card.class_count:
-                raise _out_of_range(f"{field}.top.k", target.value, 1, card.class_count, card)
-            return target.value
-
-
-def _out_of_range(field: str, value: int, low: int, high: int, card: ModelCard) -> InvalidRequest:
-    return InvalidRequest(
-        Reason.CLASS_OUT_OF_RANGE,
-        f"{field} must be from {low} to {high} for model {card.name!r} with {card.class_count} classes, is {value}",
-        field=field,
-        metadata={"value": value, "lowest": low, "highest": high, "model": card.name},
-    )
-
-
 def _check_rendering(spec: jobs.Spec, payload: jobs.JobInput, field: str) -> None:
     if not isinstance(payload, jobs.TensorInput):
         return
@@ -184,3 +191,9 @@ def _check_rendering(spec: jobs.Spec, payload: jobs.JobInput, field: str) -> Non
             f"{field}.size source needs an image; a tensor has no source pixels: take layer or input",
             field=f"{field}.size",
         )
+
+
+def most_maps(spec: jobs.Spec, card: ModelCard) -> int:
+    """The most maps that a valid spec can give."""
+    targets = check_target(spec.target, card, f"specs[{spec.index}].target") if METHODS[spec.method].has_target else 1
+    return targets * maps_for_each_target(spec)
