@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchcam.methods import RefineCAM
 
 from camserve.server.cam.maps import finish, fuse, is_constant, normalise, rectify, resize
 from camserve.server.errors import InvalidRequest
@@ -208,3 +209,16 @@ def test_nothing_but_finite_values_leaves(values: list[float]) -> None:
         assert math.isfinite(finished.raw_min)
         assert math.isfinite(finished.raw_max)
         assert 0 <= float(finished.values.min()) <= float(finished.values.max()) <= 1
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (6, 8), (12, 16)), ((5, 5), (7, 9)), ((2, 2, 3), (4, 4, 6))])
+def test_products_are_torchcams_under_its_profile(shapes: tuple[tuple[int, ...], ...]) -> None:
+    """RefineCAM there normalises each layer before it enlarges it; the paper's profile enlarges first, so that peaks stay 1."""
+    generator = torch.Generator().manual_seed(2)
+    layers = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    expected = RefineCAM.fuse_cams([layer[None] for layer in layers], normalized=False)[0]
+
+    library = fuse(layers, Fusion.PRODUCT, is_rectified=True, profile=Profile.TORCHCAM)
+
+    torch.testing.assert_close(expected, library, rtol=1e-6, atol=1e-6)
+    assert not library.allclose(fuse(layers, Fusion.PRODUCT, is_rectified=True), rtol=1e-2)

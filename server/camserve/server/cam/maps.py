@@ -1,8 +1,9 @@
 """From raw maps to a finished one: rectify, bring several layers together, normalise, resize, and say what a reader must know.
 
 A row's raw signed maps arrive, one for each layer, as `methods.py` left them; a finite float32 map leaves, with its raw range and
-its flags. `engine/mapping.py` calls `finish`; encoding calls `resize`. Everything here is a pure function of small tensors of one
-to three axes without a batch dimension, on any device.
+its flags. A map in input space still has its channels and is finished by `finish_channels`. `engine/mapping.py` calls both;
+encoding calls `resize`. Everything here is a pure function of small tensors without a batch dimension, on any device; a map's
+space has one to three axes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from camserve.server.cam.saliency import reduce_channels
 from camserve.server.errors import InvalidRequest, Reason
-from camserve.server.jobs import Fusion, MapFlag, Normalisation, Profile
+from camserve.server.jobs import Fusion, MapFlag, Normalisation, Profile, Saliency
 
-__all__ = ["FinishedMap", "finish", "fuse", "is_constant", "normalise", "rectify", "resize"]
+__all__ = ["FinishedMap", "finish", "finish_channels", "fuse", "is_constant", "normalise", "rectify", "resize"]
 
 # A range of fewer steps than this at the map's magnitude is what summing channels leaves of a constant in float32.
 _ROUNDING_STEPS = 16
@@ -32,14 +34,14 @@ class FinishedMap:
     """A map that is ready to leave the engine.
 
     Attributes:
-        values: (*space) float32, finite.
+        values: (*space) float32, finite; (*space c) where channels are kept apart.
         raw_min: smallest value of the signed map, before rectification and normalisation. For several layers, whose raw scales
             cannot be compared, that of the fused map before normalisation.
         raw_max: likewise the largest.
         flags: what a reader must know; PARTIAL is never among them.
     """
 
-    values: Float[Tensor, "*space"]
+    values: Float[Tensor, "*shape"]
     raw_min: float
     raw_max: float
     flags: frozenset[MapFlag]
@@ -95,7 +97,8 @@ def fuse(
     zero stays "no evidence". Then:
 
     - MEAN, the default of pytorch-grad-cam; MAX, cell by cell.
-    - PRODUCT, as RefineCAM (arXiv:2605.14641): what all layers agree on. Of rectified maps only.
+    - PRODUCT, as RefineCAM (arXiv:2605.14641): what all layers agree on. Of rectified maps only. Both libraries normalise before
+      they enlarge, and so do their profiles.
     - LAYERCAM (IEEE TIP 30, 2021): the maximum, after layers finer than the coarsest were scaled by tanh(2 M / max M), because
       shallow layers respond weakly. The torchcam profile scales every layer.
 
@@ -115,6 +118,8 @@ def fuse(
         )
     shapes = [tuple(values.shape) for values in maps]
     finest, coarsest = max(shapes, key=math.prod), min(math.prod(shape) for shape in shapes)
+    if fusion is Fusion.PRODUCT and profile is not Profile.PAPER:
+        return torch.stack([resize(normalise(values), finest) for values in maps]).prod(dim=0)
     resized = [resize(values, finest) for values in maps]
     if fusion is Fusion.LAYERCAM:
         layers = torch.stack(
@@ -179,6 +184,38 @@ def finish(
     if normalisation is Normalisation.MIN_MAX:
         values = normalise(values)
     return FinishedMap(values=values.float(), raw_min=raw_min, raw_max=raw_max, flags=frozenset(flags))
+
+
+def finish_channels(
+    values: Float[Tensor, "c *space"],
+    saliency: Saliency,
+    *,
+    is_rectified: bool = False,
+    normalisation: Normalisation = Normalisation.NONE,
+) -> FinishedMap:
+    """Makes the map that is sent from the raw signed map of one row in input space.
+
+    Flags: NON_FINITE where NaN or infinity appeared (zero takes its place); EMPTY where the result is zero everywhere, CONSTANT
+    where it has one other value everywhere, over all channels that are sent.
+
+    Args:
+        values: the map with the input's channels.
+        saliency: how they are brought together; see `saliency.reduce_channels`.
+        is_rectified: drop negative values before that.
+        normalisation: applied last, over all channels at once, so that colours keep their balance.
+    """
+    is_finite = values.float().isfinite()
+    flags = set() if bool(is_finite.all()) else {MapFlag.NON_FINITE}
+    finite = torch.where(is_finite, values, 0)
+    raw_min, raw_max = _range(reduce_channels(finite, saliency))
+    reduced = reduce_channels(rectify(finite) if is_rectified else finite, saliency)
+    if not bool(reduced.any()):
+        flags.add(MapFlag.EMPTY)
+    elif is_constant(reduced):
+        flags.add(MapFlag.CONSTANT)
+    if normalisation is Normalisation.MIN_MAX:
+        reduced = normalise(reduced)
+    return FinishedMap(values=reduced.float(), raw_min=raw_min, raw_max=raw_max, flags=frozenset(flags))
 
 
 def _range(values: Float[Tensor, "*space"]) -> tuple[float, float]:
