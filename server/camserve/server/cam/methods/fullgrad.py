@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -36,23 +36,30 @@ def completeness(evidences: Sequence[Evidence]) -> Float[Tensor, "b"]:
     return torch.stack([term.flatten(1).sum(dim=1) for term in contributions(evidences)]).sum(dim=0)
 
 
-def _rescale(values: Float[Tensor, "b c *space"], first_axis: int) -> Float[Tensor, "b c *space"]:
-    """Puts the range over the axes from `first_axis` on [0, 1]; a constant becomes 0, as the official code has it."""
-    axes = tuple(range(first_axis, values.ndim))
+def _rescale(values: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *space"]:
+    """Puts a place's range, over channels and cells, on [0, 1]; a constant becomes 0, as the official code has it."""
+    axes = tuple(range(1, values.ndim))
     low, high = values.amin(dim=axes, keepdim=True), values.amax(dim=axes, keepdim=True)
-    span = high - low
-    return (values - low) / torch.where(span == 0, 1, span)
+    return (values - low) / torch.where(high == low, 1, high - low)
 
 
-def _draw(evidences: Sequence[Evidence], *, is_joint: bool, aligns_corners: bool) -> Float[Tensor, "b *space"]:
+def _rescale_by_channel(values: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *space"]:
+    """As pytorch-grad-cam has it: each channel's range, with 1e-7 in the denominator, which drowns gradients near 1e-7."""
+    axes = tuple(range(2, values.ndim))
+    low, high = values.amin(dim=axes, keepdim=True), values.amax(dim=axes, keepdim=True)
+    return (values - low) / (1e-7 + high - low)
+
+
+def _draw(
+    evidences: Sequence[Evidence], rescale: Callable[[Tensor], Tensor], *, aligns_corners: bool
+) -> Float[Tensor, "b *space"]:
     terms = contributions(evidences)
     shape = terms[0].shape[2:]
     total = torch.zeros_like(terms[0][:, 0])
     for term in terms:
         # A linear layer's bias lies nowhere in the image: it has no cells to show.
         if term.ndim == terms[0].ndim:
-            rescaled = _rescale(term.abs(), 1 if is_joint else 2)
-            total = total + enlarge(rescaled, shape, aligns_corners=aligns_corners).sum(dim=1)
+            total = total + enlarge(rescale(term.abs()), shape, aligns_corners=aligns_corners).sum(dim=1)
     return total
 
 
@@ -62,12 +69,12 @@ def _fullgrad(evidences: Sequence[Evidence]) -> Tensor:
     As the official code (idiap/fullgrad-saliency): over channels and cells together, corners aligned. Its 1e-6 in the
     denominator is left out, so that weak scores are drawn as strong ones are.
     """
-    return _draw(evidences, is_joint=True, aligns_corners=True)
+    return _draw(evidences, _rescale, aligns_corners=True)
 
 
 def _fullgrad_by_channel(evidences: Sequence[Evidence]) -> Tensor:
     """As pytorch-grad-cam has it: each channel is rescaled by itself, and centres lie at half positions."""
-    return _draw(evidences, is_joint=False, aligns_corners=False)
+    return _draw(evidences, _rescale_by_channel, aligns_corners=False)
 
 
 FULL_GRADIENT = (
