@@ -20,6 +20,7 @@ class BatchKey:
     version: str
     shape: tuple[int, ...]
     dtype: str
+    extra_shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

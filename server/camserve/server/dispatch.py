@@ -1,4 +1,7 @@
-"""The loop between queue and device: while the device is idle, take the next batch and run it. Awaits events, never polls."""
+"""The loop between queue and device: while the device is idle, take the next batch and run it. Awaits events, never polls.
+
+Amplified work goes on a chunk at a time, in turn with whatever batch is ready: neither waits for the other to end.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ __all__ = ["dispatch"]
 
 
 async def dispatch(queue: DeviceQueue, runner: Runner) -> None:
-    """Runs batches one after another until cancelled."""
+    """Runs batches and chunks one after another until cancelled."""
     while True:
-        await runner.run(await queue.next_batch())
+        entries = queue.ready_batch() if runner.has_amplified else await queue.next_batch()
+        if entries:
+            await runner.run(entries)
+        if runner.has_amplified:
+            await runner.advance()

@@ -15,8 +15,9 @@ and has a twin in `camserve.v1.ErrorReason`; message text is for people and free
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Reason",
     "Unavailable",
     "Unsupported",
+    "at_field",
 ]
 
 
@@ -91,6 +93,16 @@ class CamserveError(Exception):
         if not self.field:
             self.field = field
         return self
+
+
+@contextlib.contextmanager
+def at_field(field: str) -> Iterator[None]:
+    """Places whatever is wrong inside a `with` block at a field of the request."""
+    try:
+        yield
+    except CamserveError as error:
+        error.at(field)
+        raise
 
 
 class InvalidRequest(CamserveError):

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from camserve.server import jobs
-from camserve.server.decode import DecodeLimits, decode, measure
+from camserve.server.decode import DecodeLimits, measure
 from camserve.server.door import Door
 from camserve.server.encode import encode, needs_source
-from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
+from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason, at_field
 from camserve.server.footprint import held_bytes
+from camserve.server.intake import take_in
 from camserve.server.metrics import Metrics
 from camserve.server.models.repository import ServedModel
 from camserve.server.prediction import predict
 from camserve.server.queue import DeviceQueue
 from camserve.server.replies import Reply, RowForwarded
+from camserve.server.validate import most_maps
 
 __all__ = ["Pipeline"]
 
@@ -56,10 +57,11 @@ class Pipeline:
             CamserveError: the request as a whole cannot be answered.
         """
         clock = _Clock(job, self._metrics)
-        # An InvalidRequest from here on is about the input: what else may be wrong with a request was looked at before.
-        with _at_input(job), self._door.enter(_held_bytes(job, model, self._decode_limits)):
+        with self._door.enter(_held_bytes(job, model, self._decode_limits)):
             with clock.stage("decode"), self._queue.announced(model):
-                sample = await clock.within(self._in_worker(self._decode(job, model)))
+                job, sample = await clock.within(
+                    self._in_worker(functools.partial(take_in, job, model.card, self._decode_limits))
+                )
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
             reply = Reply()
             entry = self._queue.put(job, model, sample, reply, time.monotonic())
@@ -80,7 +82,7 @@ class Pipeline:
         queue_seconds = forwarded.started_at - enqueued_at
         self._metrics.queue_seconds.labels(job.model).observe(queue_seconds)
         self._metrics.first_message_seconds.labels(job.model).observe(time.monotonic() - job.received_at)
-        yield predict(forwarded.logits, model.card, job.top_k)
+        yield predict(forwarded.reading, model.card, job.top_k, sample.geometry)
 
         map_seconds = encode_seconds = 0.0
         seen: set[tuple[int, int]] = set()
@@ -120,10 +122,6 @@ class Pipeline:
                     continue
                 case CamserveError():
                     raise outcome
-
-    def _decode(self, job: jobs.Job, model: ServedModel) -> Callable[[], jobs.Sample]:
-        keep_source = any(needs_source(spec) for spec in job.specs)
-        return functools.partial(decode, job.payload, model.card.recipe, self._decode_limits, keep_source=keep_source)
 
     def _encode(
         self, raw: jobs.RawMap, job: jobs.Job, model: ServedModel, sample: jobs.Sample
@@ -206,30 +204,29 @@ def _is_new(outcome: jobs.RawMap | jobs.SpecFailed, seen: set[tuple[int, int]]) 
     return is_new
 
 
-@contextlib.contextmanager
-def _at_input(job: jobs.Job) -> Iterator[None]:
-    """Places what is wrong with the input at the input's field."""
-    try:
-        yield
-    except InvalidRequest as error:
-        error.at(job.payload.FIELD)
-        raise
-
-
 def _held_bytes(job: jobs.Job, model: ServedModel, limits: DecodeLimits) -> int:
-    """What the request keeps in memory at its worst; only the input's header is looked at."""
+    """What the request keeps in memory at its worst; only the headers of its inputs are looked at."""
     source_maps = sum(
-        spec.target.value if spec.target.kind is jobs.TargetKind.TOP_K else 1
-        for spec in job.specs
-        if needs_source(spec) or spec.size is jobs.MapSize.SOURCE
+        most_maps(spec, model.card) for spec in job.specs if needs_source(spec) or spec.size is jobs.MapSize.SOURCE
     )
-    return held_bytes(
-        job.payload,
-        model.card.recipe,
-        pixels=measure(job.payload, limits),
-        keep_source=any(needs_source(spec) for spec in job.specs),
-        source_size_maps=source_maps,
-    )
+    with at_field(job.payload.FIELD):
+        held = held_bytes(
+            job.payload,
+            model.card.recipe,
+            pixels=measure(job.payload, limits),
+            keep_source=any(needs_source(spec) for spec in job.specs),
+            source_size_maps=source_maps,
+        )
+    for spec in job.specs:
+        if isinstance(spec.target.about, jobs.Reference):
+            with at_field(f"specs[{spec.index}].target.embedding"):
+                held += _reference_bytes(spec.target.about.payload, model, limits)
+    return held + sum(len(extra.data) * 2 for extra in job.extra_inputs.values())
+
+
+def _reference_bytes(payload: jobs.JobInput, model: ServedModel, limits: DecodeLimits) -> int:
+    pixels = measure(payload, limits)
+    return held_bytes(payload, model.card.recipe, pixels=pixels, keep_source=False, source_size_maps=0)
 
 
 def _row_failure(outcome: object) -> CamserveError:

@@ -8,17 +8,22 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from camserve.server.batching import BatchKey, Plan, Waiting, plan
-from camserve.server.jobs import Job, Sample
+from camserve.server.jobs import Job, Lane, Sample
 from camserve.server.models.repository import ServedModel
 from camserve.server.replies import Reply
 
 __all__ = ["PATIENCE_SECONDS", "DeviceQueue", "Entry"]
 
-PATIENCE_SECONDS = 30.0
-"""A request is planned as if it had to be answered within this time, however much later its deadline is."""
+PATIENCE_SECONDS: Mapping[Lane, float] = MappingProxyType(
+    {Lane.INTERACTIVE: 1.0, Lane.STANDARD: 30.0, Lane.BULK: 300.0}
+)
+"""By lane: a request is planned as if it had to be answered within this time, however much later its deadline is.
+
+The hurried go first, and whoever has waited longest goes before everybody in the end."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +72,16 @@ class DeviceQueue:
         waiting = Waiting(
             ticket=ticket,
             key=BatchKey(
-                model=job.model, version=job.version, shape=sample.tensor.shape, dtype=str(sample.tensor.dtype)
+                model=job.model,
+                version=job.version,
+                shape=sample.tensor.shape,
+                dtype=str(sample.tensor.dtype),
+                extra_shapes=tuple(values.shape for values in sample.extras.values()),
             ),
             max_rows=model.card.max_batch_rows,
             enqueued_at=now,
             # Who names no deadline, or a far one, must not be overtaken for ever by those who hurry.
-            deadline=min(math.inf if job.deadline is None else job.deadline, now + PATIENCE_SECONDS),
+            deadline=min(math.inf if job.deadline is None else job.deadline, now + PATIENCE_SECONDS[job.lane]),
         )
         entry = self._entries[ticket] = Entry(job=job, model=model, sample=sample, reply=reply, waiting=waiting)
         self._changed.set()
@@ -87,14 +96,24 @@ class DeviceQueue:
         loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
-            decided: Plan = plan(
-                [entry.waiting for entry in self._entries.values()],
-                self._arriving,
-                window_seconds=self._window_seconds,
-                now=loop.time(),
-            )
+            decided = self._decide()
             if decided.tickets:
-                return [self._entries.pop(ticket) for ticket in decided.tickets]
+                return self._taken(decided)
             timeout = None if math.isinf(decided.ask_again_at) else max(0.0, decided.ask_again_at - loop.time())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), timeout)
+
+    def ready_batch(self) -> Sequence[Entry]:
+        """Takes the entries of a pass out that should start now; none if none should."""
+        return self._taken(self._decide())
+
+    def _decide(self) -> Plan:
+        return plan(
+            [entry.waiting for entry in self._entries.values()],
+            self._arriving,
+            window_seconds=self._window_seconds,
+            now=asyncio.get_running_loop().time(),
+        )
+
+    def _taken(self, decided: Plan) -> list[Entry]:
+        return [self._entries.pop(ticket) for ticket in decided.tickets]

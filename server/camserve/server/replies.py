@@ -10,21 +10,21 @@ import dataclasses
 from typing import TypeAlias
 
 from camserve.server.errors import CamserveError
-from camserve.server.jobs import FloatArray, PassFacts, RawMap, SpecFailed
+from camserve.server.jobs import PassFacts, RawMap, Reading, SpecFailed
 
 __all__ = ["Outcome", "Reply", "RowForwarded", "deliver"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowForwarded:
     """The model's answer for one row.
 
     Attributes:
-        logits: (classes) float32.
+        reading: what it said.
         started_at: monotonic seconds at which its pass began.
     """
 
-    logits: FloatArray
+    reading: Reading
     started_at: float
 
 

@@ -1,24 +1,28 @@
 """The device thread: runs one batch at a time, sends predictions before any gradient, maps as they are made.
 
 `dispatch.py` hands it batches; outcomes go to each entry's reply. A batch that fails is halved until the row at fault stands
-alone: out of memory gets smaller passes, a bad row fails by itself and its neighbours are answered.
+alone: out of memory gets smaller passes, a bad row fails by itself and its neighbours are answered. Specs that need many passes
+over their row stay behind the batch as amplified work, which `advance` takes on by one chunk at a time, in turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 import torch
 
-from camserve.server.engine.passes import Closed, Forwarded, Mapped, run_pass
+from camserve.server.engine.passes import Amplification, Closed, Forwarded, Mapped, run_pass
 from camserve.server.errors import CamserveError, ExecutionFailed, Reason
-from camserve.server.jobs import PassFacts
+from camserve.server.jobs import PassFacts, SpecFailed
 from camserve.server.metrics import Metrics
 from camserve.server.queue import Entry
 from camserve.server.replies import Outcome, Reply, RowForwarded, deliver
@@ -30,11 +34,25 @@ _T = TypeVar("_T")
 _log = structlog.get_logger("camserve.runner")
 
 
+# The best map so far has still to be encoded and sent.
+_LAST_CALL_SECONDS = 0.05
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Amplified:
+    """A request whose pass is over and whose amplified specs are still at work; owned by the device thread."""
+
+    entry: Entry
+    facts: PassFacts
+    works: collections.deque[Amplification]
+
+
 class Runner:
     """Owns the device thread. Everything that touches a program runs there."""
 
     def __init__(self, metrics: Metrics, torch_threads: int) -> None:
         self._metrics = metrics
+        self._amplified: collections.deque[_Amplified] = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="camserve-device")
         if torch_threads:
             torch.set_num_threads(torch_threads)
@@ -47,6 +65,16 @@ class Runner:
         """Runs one batch; returns when every entry has its outcomes. Never raises for a row's sake."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._run, entries, loop)
+
+    @property
+    def has_amplified(self) -> bool:
+        """Whether amplified work is left; between calls of `run` and `advance` nothing but they changes it."""
+        return bool(self._amplified)
+
+    async def advance(self) -> None:
+        """Does one chunk of the amplified work that has waited longest. Never raises for its sake."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._advance, loop)
 
     async def close(self, timeout_seconds: float) -> bool:
         """Ends the thread after what it is at; says whether it came to an end in time."""
@@ -81,25 +109,29 @@ class Runner:
         model = batch[0].model
         card = model.card
         started_at = time.monotonic()
-        rows = np.stack([entry.sample.tensor for entry in batch])
-        if card.static_batch_rows is not None and len(batch) < card.static_batch_rows:
-            # The archive takes one batch size only: fill up with copies of the last row, which nobody reads.
-            rows = np.concatenate([rows, np.repeat(rows[-1:], card.static_batch_rows - len(batch), axis=0)])
-        inputs = torch.from_numpy(rows).to(device=model.program.device, dtype=model.program.dtype)
-        specs = [entry.job.specs for entry in batch] + [()] * (len(rows) - len(batch))
+        rows = max(len(batch), card.static_batch_rows or 0)
+        inputs = torch.from_numpy(_stacked([entry.sample.tensor for entry in batch], rows))
+        extras = [
+            torch.from_numpy(_stacked([entry.sample.extras[extra.name] for entry in batch], rows))
+            for extra in card.extra_inputs
+        ]
+        specs = [entry.job.specs for entry in batch] + [()] * (rows - len(batch))
+        amplified: dict[int, collections.deque[Amplification]] = collections.defaultdict(collections.deque)
 
         def is_wanted(row: int) -> bool:
             return row < len(batch) and not batch[row].reply.is_abandoned
 
-        for event in run_pass(model.pass_model, inputs, specs, is_wanted=is_wanted):
+        for event in run_pass(model.pass_model, inputs, specs, extras=extras, is_wanted=is_wanted):
             match event:
                 case Forwarded():
                     deliver(loop, _forwarded(event, batch, started_at))
                 case Mapped():
                     deliver(loop, [(batch[event.row].reply, event.result)])
+                case Amplification():
+                    amplified[event.row].append(event)
                 case Closed():
                     facts = PassFacts(
-                        rows=len(rows),
+                        rows=rows,
                         explanations=event.explanations,
                         device=card.device,
                         dtype=card.dtype,
@@ -108,7 +140,45 @@ class Runner:
                         backward_seconds=event.backward_seconds,
                     )
                     self._observe(facts, event, card.name)
-                    deliver(loop, [(entry.reply, facts) for entry in batch])
+                    done = [entry for row, entry in enumerate(batch) if row not in amplified]
+                    deliver(loop, [(entry.reply, facts) for entry in done])
+                    for row, works in amplified.items():
+                        self._amplified.append(_Amplified(entry=batch[row], facts=facts, works=works))
+
+    def _advance(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One chunk of the first in line, which then goes to the end of it."""
+        started = time.perf_counter()
+        first = self._amplified.popleft()
+        entry, work = first.entry, first.works[0]
+        if entry.reply.is_abandoned:
+            return
+        outcomes: Sequence[Outcome]
+        try:
+            outcomes = work.finish_now() if self._is_last_call(entry, work) else work.advance()
+        except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
+            failure = _failure(error, [entry])
+            _log.warning(
+                "amplified work failed", request_id=entry.job.request_id, model=entry.job.model, error=repr(error)
+            )
+            outcomes = [SpecFailed(spec_index=work.spec_index, error=failure)]
+            work.close()
+        if work.is_done:
+            first.works.popleft()
+        if first.works:
+            self._amplified.append(first)
+        else:
+            outcomes = [*outcomes, first.facts]
+        deliver(loop, [(entry.reply, outcome) for outcome in outcomes])
+        seconds = time.perf_counter() - started
+        self._metrics.pass_seconds.labels(entry.job.model, "amplified").observe(seconds)
+        self._metrics.device_busy.inc(seconds)
+
+    def _is_last_call(self, entry: Entry, work: Amplification) -> bool:
+        """Whether the deadline would pass before this work had its turn again, and the caller takes what there is."""
+        if entry.job.deadline is None or not work.allows_partial:
+            return False
+        turn = work.chunk_seconds * (len(self._amplified) + 1)
+        return time.monotonic() + turn + _LAST_CALL_SECONDS > entry.job.deadline
 
     def _observe(self, facts: PassFacts, closed: Closed, model: str) -> None:
         metrics = self._metrics
@@ -119,11 +189,16 @@ class Runner:
         metrics.pass_seconds.labels(model, "maps").observe(closed.map_seconds)
 
 
+def _stacked(samples: Sequence[npt.NDArray[np.generic]], rows: int) -> npt.NDArray[np.generic]:
+    """(rows, …): filled up with copies of the last, which nobody reads, for archives that take one batch size only."""
+    return np.stack([*samples, *[samples[-1]] * (rows - len(samples))])
+
+
 def _forwarded(event: Forwarded, batch: list[Entry], started_at: float) -> list[tuple[Reply, Outcome]]:
     letters: list[tuple[Reply, Outcome]] = []
     for row, entry in enumerate(batch):
         if event.finite[row]:
-            letters.append((entry.reply, RowForwarded(logits=event.logits[row], started_at=started_at)))
+            letters.append((entry.reply, RowForwarded(reading=event.readings[row], started_at=started_at)))
         else:
             letters.append(
                 (

@@ -6,14 +6,13 @@ Nothing is resized, normalised or rounded. An element type other than the model'
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from camserve.server.errors import InvalidRequest, Reason
 from camserve.server.jobs import TensorInput
-from camserve.server.models.recipe import InputRecipe
 
 __all__ = ["check_tensor", "read_tensor"]
 
@@ -48,7 +47,21 @@ def check_tensor(tensor: TensorInput) -> int:
     return elements
 
 
-def read_tensor(tensor: TensorInput, recipe: InputRecipe) -> npt.NDArray[np.generic]:
+class Expected(Protocol):
+    """What a model takes for one row: an `InputRecipe`, or one of a card's extra inputs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without the batch axis."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """A numpy name."""
+        ...
+
+
+def read_tensor(tensor: TensorInput, recipe: Expected) -> npt.NDArray[np.generic]:
     """Gives the model's input for one row: `recipe.shape`, `recipe.dtype`, C-contiguous and our own copy.
 
     Raises:

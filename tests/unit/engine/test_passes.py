@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from camserve.server.cam.methods import METHODS
+from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.eager import EagerProgram
 from camserve.server.engine.passes import Closed, Forwarded, Mapped, PassModel, run_pass
 from camserve.server.engine.probe import probe
 from camserve.server.errors import ExecutionFailed, InvalidRequest, NotFound, Reason, Unsupported
 from camserve.server.jobs import (
+    ClassIndex,
     Fusion,
     MapFlag,
     Normalisation,
@@ -25,11 +26,12 @@ from camserve.server.jobs import (
     Spec,
     SpecFailed,
     Target,
-    TargetKind,
+    TopClasses,
 )
 
 CLASSES = 5
 SIDE = 12
+LAYERED = [slug for slug, method in METHODS.items() if isinstance(method.arithmetic, Layerwise)]
 
 
 class CountBackward(torch.autograd.Function):
@@ -157,7 +159,7 @@ def spec(index: int = 0, method: str = "grad-cam", layers: Sequence[str] = ("rel
 
 def of_class(index: int, score: Score = Score.LOGIT) -> Target:
     """A target by class index."""
-    return Target(kind=TargetKind.CLASS_INDEX, value=index, score=score)
+    return Target(about=ClassIndex(index), score=score)
 
 
 def results(events: Iterable[Forwarded | Mapped | Closed]) -> dict[tuple[int, int], list[RawMap | SpecFailed]]:
@@ -187,7 +189,7 @@ def failure(result: RawMap | SpecFailed) -> Exception:
 
 def every_method(layer: str = "relu#1") -> tuple[Spec, ...]:
     """One spec for each method."""
-    return tuple(spec(index, slug, [layer]) for index, slug in enumerate(METHODS))
+    return tuple(spec(index, slug, [layer]) for index, slug in enumerate(LAYERED))
 
 
 # What the other rows of a batch may want; each is a row's specs.
@@ -196,7 +198,7 @@ COMPANIES: list[tuple[Spec, ...]] = [
     every_method(),
     (spec(method="eigen-cam", layers=["stem.0"]),),
     (spec(method="layercam", layers=["stem", "block", "relu#1"], target=of_class(1), fusion=Fusion.LAYERCAM),),
-    (spec(target=Target(kind=TargetKind.TOP_K, value=3)), spec(1, target=of_class(0, Score.SOFTMAX))),
+    (spec(target=Target(about=TopClasses(3))), spec(1, target=of_class(0, Score.SOFTMAX))),
     (spec(layers=["no such layer"]), spec(1, layers=["side"]), spec(2, target=of_class(99))),
 ]
 
@@ -210,7 +212,9 @@ def test_the_prediction_comes_before_any_gradient(model: PassModel) -> None:
 
     assert isinstance(first, Forwarded)
     assert 0 == CountBackward.passes
-    np.testing.assert_array_equal(model.program.run(images(2)).numpy(), first.logits)
+    np.testing.assert_array_equal(
+        model.program.run(images(2)).numpy(), np.stack([reading.scores for reading in first.readings])
+    )
     assert [True, True] == first.finite.tolist()
     assert isinstance(list(events)[-1], Closed)
     assert 1 == CountBackward.passes
@@ -244,7 +248,7 @@ def test_thirty_two_rows_with_their_own_wishes_cost_one_gradient(model: PassMode
     [
         pytest.param([of_class(1), of_class(1)], 1, id="same class twice"),
         pytest.param([of_class(1), of_class(1, Score.SOFTMAX)], 2, id="two scores of a class"),
-        pytest.param([of_class(1), Target(kind=TargetKind.TOP_K, value=CLASSES)], CLASSES, id="one of all classes"),
+        pytest.param([of_class(1), Target(about=TopClasses(CLASSES))], CLASSES, id="one of all classes"),
     ],
 )
 def test_a_row_shares_gradients_with_itself(model: PassModel, targets: Sequence[Target], expected: int) -> None:
@@ -259,7 +263,7 @@ def test_a_row_shares_gradients_with_itself(model: PassModel, targets: Sequence[
 def test_forward_only_methods_cost_no_gradient(model: PassModel) -> None:
     """CAM and Eigen-CAM alone never go back, and CAM gives a map for each class."""
     CountBackward.passes = 0
-    rows = [(spec(0, "cam", target=Target(kind=TargetKind.TOP_K, value=3)), spec(1, "eigen-cam"))]
+    rows = [(spec(0, "cam", target=Target(about=TopClasses(3))), spec(1, "eigen-cam"))]
 
     found = values_of(run_pass(model, images(1), rows))
 
@@ -304,7 +308,7 @@ def test_neighbours_do_not_change_a_bit(
     """At equal batch size every map of a row has the same bits whatever the others are and ask for."""
     model = dataclasses.replace(model_of(net, dtype), whole_batch_maps=whole_batch_maps)
     place = rows // 2
-    mine = (*every_method(), spec(7, layers=["stem", "relu#1"]), spec(8, target=of_class(2, Score.SOFTMAX)))
+    mine = (*every_method(), spec(97, layers=["stem", "relu#1"]), spec(98, target=of_class(2, Score.SOFTMAX)))
     seen = []
     for number, company in enumerate(COMPANIES):
         batch = images(rows, seed=number)
@@ -314,7 +318,7 @@ def test_neighbours_do_not_change_a_bit(
         events = list(run_pass(model, batch, wishes))
         bits = {key: value for key, value in values_of(events).items() if key[0] == place}
         assert isinstance(events[0], Forwarded)
-        seen.append((events[0].logits[place].tobytes(), bits))
+        seen.append((events[0].readings[place].scores.tobytes(), bits))
 
     assert len(mine) == len(seen[0][1])
     for other in seen[1:]:
@@ -327,7 +331,7 @@ def test_whole_batch_maps_are_those_of_rows(model: PassModel) -> None:
         (*every_method(), *COMPANIES[3]),
         (),
         COMPANIES[4],
-        (spec(0, "cam", target=Target(kind=TargetKind.TOP_K, value=4)),),
+        (spec(0, "cam", target=Target(about=TopClasses(4))),),
     ]
     by_row, at_once = (
         [
@@ -338,7 +342,7 @@ def test_whole_batch_maps_are_those_of_rows(model: PassModel) -> None:
         for way in (False, True)
     )
 
-    assert 16 == len(by_row) == len(at_once)
+    assert len(LAYERED) + 9 == len(by_row) == len(at_once)
     for (row, one), (other_row, other) in zip(by_row, at_once, strict=True):
         assert isinstance(one, RawMap)
         assert isinstance(other, RawMap)
@@ -346,7 +350,7 @@ def test_whole_batch_maps_are_those_of_rows(model: PassModel) -> None:
         np.testing.assert_allclose(one.values, other.values, rtol=1e-5, atol=1e-6 * max(abs(one.raw_min), one.raw_max))
 
 
-@pytest.mark.parametrize("slug", METHODS)
+@pytest.mark.parametrize("slug", LAYERED)
 def test_company_of_ones_own_specs_does_not_change_a_bit(model: PassModel, slug: str) -> None:
     """A spec alone, and beside specs with other taps, targets and methods in the same row: the same bits."""
     alone = values_of(run_pass(model, images(3), [(spec(0, slug),), (), ()]))
@@ -470,22 +474,22 @@ def test_the_graph_is_gone_when_the_last_gradient_is_there() -> None:
     """Maps are encoded while the pass goes on, and its memory is free by then; without gradients there never is a graph."""
     model = model_of(GraphNet())
     gc.collect()
-    top = Target(kind=TargetKind.TOP_K, value=2)
+    top = Target(about=TopClasses(2))
 
     seen = {}
     for slug in ("grad-cam", "eigen-cam"):
         events = run_pass(model, images(1), [(spec(0, slug, ["conv"], target=top),)])
         seen[slug] = [len(CountGraphs.alive) for _ in events]
 
-    # The prediction, a map for each of two targets, the end.
-    assert {"grad-cam": [1, 1, 0, 0], "eigen-cam": [0, 0, 0, 0]} == seen
+    # The prediction, a map for each of two targets or one for a method that has none, the end.
+    assert {"grad-cam": [1, 1, 0, 0], "eigen-cam": [0, 0, 0]} == seen
 
 
 def test_rows_nobody_waits_for_cost_nothing_more(model: PassModel) -> None:
     """A row cancelled after the forward gets no map, and its targets are not differentiated."""
     CountBackward.passes = 0
     wanted = {0, 1}
-    rows = [(spec(),), (spec(target=Target(kind=TargetKind.TOP_K, value=5)),)]
+    rows = [(spec(),), (spec(target=Target(about=TopClasses(5))),)]
     events = run_pass(model, images(2), rows, is_wanted=wanted.__contains__)
     next(events)
     wanted.remove(1)
@@ -498,7 +502,7 @@ def test_cancelling_between_maps_stops_them(model: PassModel) -> None:
     """The first map arrives, the caller leaves, and neither maps nor gradients follow."""
     CountBackward.passes = 0
     wanted = {0}
-    rows = [(spec(target=Target(kind=TargetKind.TOP_K, value=5)), spec(1))]
+    rows = [(spec(target=Target(about=TopClasses(5))), spec(1))]
     after_first: list[Forwarded | Mapped | Closed] = []
     for event in run_pass(model, images(1), rows, is_wanted=wanted.__contains__):
         if not wanted:
@@ -546,13 +550,15 @@ def test_a_dead_target_gives_an_empty_map(net: TinyNet) -> None:
     model = model_of(net)
 
     found = results(
-        run_pass(model, images(1), [tuple(spec(i, slug, target=of_class(3)) for i, slug in enumerate(METHODS))])
+        run_pass(model, images(1), [tuple(spec(i, slug, target=of_class(3)) for i, slug in enumerate(LAYERED))])
     )
 
-    for index, slug in enumerate(METHODS):
+    for index, slug in enumerate(LAYERED):
         (result,) = found[0, index]
         assert isinstance(result, RawMap)
-        assert (slug != "eigen-cam") == (MapFlag.EMPTY in result.flags)
+        # A method without a target, or one that contrasts it with others, has something to show all the same.
+        is_about_it = METHODS[slug].has_target and METHODS[slug].contrast is None
+        assert is_about_it == (MapFlag.EMPTY in result.flags)
 
 
 def test_rectification_and_normalisation_are_the_callers(model: PassModel) -> None:

@@ -61,6 +61,11 @@ class Amplification:
         """Which spec of its request."""
         return self._ask.spec.index
 
+    @property
+    def allows_partial(self) -> bool:
+        """Whether the caller takes the best map so far."""
+        return self._ask.spec.parameters.allows_partial
+
     def advance(self) -> list[RawMap | SpecFailed]:
         """Does one chunk; returns maps that became ready with it, or the spec's failure, after which it is done.
 
@@ -113,7 +118,7 @@ class Amplification:
                     metadata={"method": self._ask.method.slug},
                 )
             )
-        self._close()
+        self.close()
         return results
 
     def _begin(self) -> None:
@@ -142,7 +147,7 @@ class Amplification:
         if self._rank < len(self._ask.aims):
             self._begin()
         else:
-            self._close()
+            self.close()
         return results
 
     def _results(self, completed: float) -> list[RawMap | SpecFailed]:
@@ -169,10 +174,10 @@ class Amplification:
         return min((len(self._maps) + present) / layers, 1 - 1e-6)
 
     def _give_up(self, error: CamserveError) -> list[RawMap | SpecFailed]:
-        self._close()
+        self.close()
         return [failed(self._ask.spec, error)]
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Lets go of everything that holds device memory."""
         self.is_done = True
         self._steps = iter(())

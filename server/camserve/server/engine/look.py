@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from camserve.server.engine.program import Program, TapName
-from camserve.server.engine.targets import select_output
+from camserve.server.engine.readouts import select_output
 from camserve.server.errors import CamserveError, ExecutionFailed
+from camserve.server.jobs import OutputKind
 
 __all__ = ["FAILURES", "Seen", "find_scores", "look", "message_of"]
 
@@ -55,7 +56,7 @@ def look(program: Program, taps: Sequence[TapName], inputs: Tensor, output_path:
         program: looked at.
         taps: with call indices; may be empty.
         inputs: (b, c, *space).
-        output_path: see `targets.select_output`.
+        output_path: see `readouts.select_output`.
     """
     try:
         return _look_once(program, taps, inputs, output_path)
@@ -103,7 +104,7 @@ def _look_once(program: Program, taps: Sequence[TapName], inputs: Tensor, output
 def find_scores(outputs: Any, output_path: str) -> Tensor:
     """The class scores, or for other kinds of models the first floating tensor they return."""
     try:
-        return select_output(outputs, output_path)
+        return select_output(OutputKind.CLASSIFICATION, outputs, output_path)
     except ExecutionFailed:
         floating = [
             leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -13,9 +13,8 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from camserve.server.cam.maps import finish
+from camserve.server.cam.maps import finish, finish_channels
 from camserve.server.cam.methods import Layerwise, Need, Whole
-from camserve.server.cam.saliency import reduce_channels
 from camserve.server.engine.evidence import Differentiated, evidence_at, seen_attentions
 from camserve.server.engine.graph import Chosen, is_device_failure
 from camserve.server.engine.plan import Ask, PassModel, fresh
@@ -178,17 +177,20 @@ def finished_map(
         InvalidRequest: signed maps of several layers cannot be fused as asked.
     """
     spec = ask.spec
-    maps = list(raw_maps)
-    if has_channels:
-        maps = [reduce_channels(values, spec.saliency) for values in maps]
     rectify = spec.rectify
-    finished = finish(
-        maps,
-        is_rectified=ask.method.rectifies_under(spec.profile) if rectify is None else rectify,
-        normalisation=spec.normalisation,
-        fusion=spec.fusion if ask.method.fusion is None else ask.method.fusion,
-        profile=spec.profile,
-    )
+    is_rectified = ask.method.rectifies_under(spec.profile) if rectify is None else rectify
+    if has_channels:
+        finished = finish_channels(
+            raw_maps[0], spec.saliency, is_rectified=is_rectified, normalisation=spec.normalisation
+        )
+    else:
+        finished = finish(
+            raw_maps,
+            is_rectified=is_rectified,
+            normalisation=spec.normalisation,
+            fusion=spec.fusion if ask.method.fusion is None else ask.method.fusion,
+            profile=spec.profile,
+        )
     flags = finished.flags | {MapFlag.PARTIAL} if completed < 1 else finished.flags
     return RawMap(
         spec_index=spec.index,

@@ -18,15 +18,15 @@ from camserve.server.cam.methods import (
     Method,
     Need,
     Reads,
-    augmented,
     find_method,
     first_component,
 )
+from camserve.server.cam.methods.augmentation import augmented
 from camserve.server.engine.head import LinearHead
 from camserve.server.engine.layout import Layout
 from camserve.server.engine.program import ATTENTION, INPUT, BackwardRule, Program, TapName
 from camserve.server.engine.readouts import Aim
-from camserve.server.errors import CamserveError, Reason, Unsupported
+from camserve.server.errors import CamserveError, ExecutionFailed, Reason, Unsupported
 from camserve.server.jobs import FloatArray, OutputKind, ResolvedTarget, Score, Spec, SpecFailed, Target
 
 __all__ = ["Aiming", "Ask", "Failure", "PassModel", "check", "distinct_aims", "fresh", "rule_of", "settle"]
@@ -140,7 +140,7 @@ def check(model: PassModel, specs: Iterable[tuple[int, Spec]]) -> tuple[list[Ask
 
 
 def settle(
-    asks: Iterable[Ask], refusals: Mapping[TapName, CamserveError], aimer: Aiming
+    asks: Iterable[Ask], refusals: Mapping[TapName, CamserveError], aimer: Aiming, is_finite: Sequence[bool]
 ) -> tuple[list[Ask], list[Failure]]:
     """Names what each ask is about.
 
@@ -148,6 +148,7 @@ def settle(
         asks: from `check`.
         refusals: taps that the program would not capture.
         aimer: knows the outputs.
+        is_finite: whether all of a row's outputs are; there is nothing to explain about a row of others.
     """
     settled, failures = [], []
     for ask in asks:
@@ -155,6 +156,11 @@ def settle(
         try:
             if refused is not None:
                 raise refused
+            if not is_finite[ask.row]:
+                raise ExecutionFailed(
+                    Reason.MODEL_FAILED,
+                    "the model's outputs for this input are NaN or infinite: nothing can be explained",
+                )
             settled.append(dataclasses.replace(ask, aims=_aims(ask, aimer)))
         except CamserveError as error:
             failures.append(_failure(ask.row, ask.spec, error))

@@ -12,15 +12,17 @@ import time
 
 import torch
 
-from camserve.server.cam.methods import METHODS, Method, Need
+from camserve.server.cam.methods import METHODS, Layerwise
+from camserve.server.engine.batches import make_batch
 from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
 from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
-from camserve.server.jobs import Spec
+from camserve.server.jobs import OutputKind, Spec
 from camserve.server.models.card import LayerCard, MethodCard, ModelCard
+from camserve.server.models.method_cards import method_cards
 from camserve.server.models.presets import with_published_preset
 from camserve.server.models.repository import ServedModel
 from camserve.server.models.sources import ModelSource
@@ -51,20 +53,24 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
     recipe = config.recipe()
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     noise = torch.randn((_PROBE_ROWS, *recipe.shape), generator=generator).to(program.device, program.dtype)
+    kind = OutputKind(config.output.kind)
     report = probe(program, noise, output_path=config.output.path)
     _check_fit(source, report)
+    rows = min(max_batch_rows, config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
     pass_model = PassModel(
         program=program,
         layouts=report.layouts,
         classes=report.classes,
+        kind=kind,
         head=report.head,
         head_layer=report.head_layer,
         output_path=config.output.path,
+        max_rows=rows,
+        static_rows=report.static_batch,
     )
-    rows = min(max_batch_rows, config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
-    methods = tuple(_method_card(method, report) for method in METHODS.values())
+    methods = method_cards(pass_model, [make_batch(noise, report.static_batch or 1)], report)
     default_layer = config.default_layer or report.default_layer
-    _warm_up(pass_model, noise, rows if report.static_batch is None else report.static_batch, default_layer, methods)
+    _warm_up(pass_model, noise, report.static_batch or rows, default_layer, methods)
     digests = program.digests()
     factory = config.factory
     notes = [*report.notes]
@@ -156,24 +162,12 @@ def _layer_card(layer: LayerReport) -> LayerCard:
     )
 
 
-def _method_card(method: Method, report: ProbeReport) -> MethodCard:
-    if Need.GRADIENT in method.needs and not report.differentiable:
-        return MethodCard(slug=method.slug, works=False, note=report.differentiable_reason)
-    if Need.LINEAR_HEAD in method.needs:
-        if report.head is None:
-            note = "it needs average pooling and one linear layer behind the layer; grad-cam needs neither"
-            return MethodCard(slug=method.slug, works=False, note=note)
-        head_layer = next(layer for layer in report.layers if report.head_layer in layer.spellings)
-        note = f"at {report.head_layer}, which feeds average pooling and the last linear layer"
-        return MethodCard(slug=method.slug, works=True, note=note, only_layers=head_layer.spellings)
-    return MethodCard(slug=method.slug, works=True)
-
-
 def _warm_up(
     model: PassModel, noise: torch.Tensor, rows: int, default_layer: str, methods: tuple[MethodCard, ...]
 ) -> None:
     """Runs the pass that requests will run, at the smallest and the largest size, so that the first caller pays for nothing."""
-    slug = next((method.slug for method in methods if method.works and not method.only_layers), None)
+    usual = (METHODS[card.slug] for card in methods if card.works and not card.only_layers)
+    slug = next((method.slug for method in usual if isinstance(method.arithmetic, Layerwise)), None)
     spec = None if slug is None else Spec(index=0, method=slug, layers=(default_layer,))
     for size in sorted({1, rows}) if rows > 1 else [1]:
         batch = noise[:1].expand(size, *noise.shape[1:]).contiguous()
