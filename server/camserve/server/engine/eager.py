@@ -9,12 +9,13 @@ import contextlib
 import inspect
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from camserve.server.engine.eager_biases import biases_of_modules
 from camserve.server.engine.eager_relu import gated_modules
 from camserve.server.engine.hooked import HookedProgram
 from camserve.server.engine.hooked_relu import GATES
-from camserve.server.engine.program import BackwardRule, ProgramKind
+from camserve.server.engine.program import BackwardRule, ProgramKind, TapName
 
 __all__ = ["EagerProgram"]
 
@@ -49,6 +50,10 @@ class EagerProgram(HookedProgram):
             device=torch.device(device),
             dtype=dtype,
         )
+
+    def biases(self) -> dict[TapName, Tensor]:
+        """What each affine layer adds, by class of module. Raises as `Program.biases`, and as `calls`."""
+        return biases_of_modules(self._module, self._modules, self.calls())
 
     def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
         return gated_modules(self._module, self._modules, rule) if rule in GATES else contextlib.nullcontext()

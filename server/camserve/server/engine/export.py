@@ -18,11 +18,13 @@ from typing import BinaryIO
 import torch
 from torch.export.passes import move_to_device_pass
 
+from camserve.server.engine.export_biases import biases_of_graph
 from camserve.server.engine.export_cut import ExportCut
 from camserve.server.engine.export_flat import Flat, flatten
 from camserve.server.engine.export_relu import gated_nodes
 from camserve.server.engine.export_safety import check_archive
 from camserve.server.engine.hooked import HookedProgram
+from camserve.server.engine.hooked_biases import incomplete
 from camserve.server.engine.hooked_relu import GATES
 from camserve.server.engine.look import message_of
 from camserve.server.engine.program import BackwardRule, Cut, ProgramKind, TapName
@@ -71,6 +73,14 @@ class ExportProgram(HookedProgram):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by the names they had in the eager model."""
         return {_CALL_SUFFIX.sub("", name): tensor for name, tensor in super().tensors().items()}
+
+    def biases(self) -> dict[TapName, torch.Tensor]:
+        """What each affine operator adds, by the module call that returns its result. Raises as `Program.biases`."""
+        if self._flat is None:
+            raise incomplete(
+                self._kind, "its call signatures", "were preserved when it was exported, which hides its operators"
+            )
+        return biases_of_graph(self._unflattened, self._flat)
 
     def cut(self, tap: TapName) -> Cut:
         """Cuts at one tap, into two graphs where that can be done. Raises as `capture` does, and as `calls`."""

@@ -142,6 +142,10 @@ class HookedProgram(abc.ABC):
         return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})
 
     @abc.abstractmethod
+    def biases(self) -> Mapping[TapName, Tensor]:
+        """What each affine layer adds to its output."""
+
+    @abc.abstractmethod
     def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
         """Makes the forward in its body follow a rule, and refuses at its end where the rule could not be applied."""
 
