@@ -1,5 +1,6 @@
 """Encoding: what a client can rely on when it reads a heatmap back."""
 
+import dataclasses
 import hashlib
 import io
 import tracemalloc
@@ -14,8 +15,21 @@ from PIL import Image
 
 from camserve.server.encode import encode, needs_source
 from camserve.server.errors import ExecutionFailed, InvalidRequest, Unsupported
-from camserve.server.jobs import Compression, Encoding, Geometry, Heatmap, MapSize, RawMap, ResolvedTarget, Score, Spec
+from camserve.server.jobs import (
+    Box,
+    Compression,
+    Encoding,
+    Geometry,
+    Heatmap,
+    MapSize,
+    RawMap,
+    RegionOptions,
+    ResolvedTarget,
+    Score,
+    Spec,
+)
 from camserve.server.overlay import blend, colours
+from camserve.server.regions import find_regions
 from camserve.server.resize import map_geometry, onto_source, to_size
 
 _GEOMETRY = Geometry(
@@ -240,6 +254,91 @@ def test_input_size_of_a_tensor_can_be_told() -> None:
     )
 
     assert ((5, 4), None) == (heatmap.shape, heatmap.geometry)
+
+
+def _channels(shape: tuple[int, ...]) -> RawMap:
+    """A signed map whose last axis is the input's channels."""
+    values = np.random.default_rng(3).standard_normal(shape)
+    return dataclasses.replace(_raw(values), has_channels=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((6, 8, 3), ("h", "w", "c")), ((9, 1), ("t", "c")), ((2, 3, 4, 1), ("d", "h", "w", "c"))]
+)
+@pytest.mark.parametrize("encoding", [Encoding.FLOAT32, Encoding.FLOAT16, Encoding.UINT8])
+def test_signed_channels_go_as_their_own_cells(
+    shape: tuple[int, ...], axes: tuple[str, ...], encoding: Encoding
+) -> None:
+    """The channels come last and are named; a picture's cells still lie on the source."""
+    raw = _channels(shape)
+
+    heatmap = encode(raw, _spec(encoding), label="cat", geometry=_GEOMETRY)
+
+    assert (shape, axes) == (heatmap.shape, heatmap.axes)
+    span = heatmap.value_max - heatmap.value_min
+    np.testing.assert_allclose(_read(heatmap), raw.values, atol=span / 255)
+    assert (map_geometry(_GEOMETRY, 6, 8) if len(shape) == 3 else None) == heatmap.geometry
+
+
+@pytest.mark.parametrize(
+    ("encoding", "size"),
+    [
+        (Encoding.PNG8, MapSize.LAYER),
+        (Encoding.PNG16, MapSize.LAYER),
+        (Encoding.UINT8, MapSize.INPUT),
+        (Encoding.FLOAT32, MapSize.SOURCE),
+        (Encoding.OVERLAY_PNG, MapSize.SOURCE),
+    ],
+)
+def test_signed_channels_in_picture_forms_are_unsupported(encoding: Encoding, size: MapSize) -> None:
+    """A file has no place for signs, and nothing is resized that is as fine as the input."""
+    with pytest.raises(Unsupported, match="signed channels, go at layer size as float32, float16 or uint8"):
+        encode(_channels((6, 8, 3)), _spec(encoding, size), label="", geometry=_GEOMETRY, source=_SOURCE)
+
+
+def test_regions_are_found_on_the_map_as_it_was_made() -> None:
+    """Their boxes lie on the source, whatever the size and form in which the map is sent; there are none unless asked for."""
+    values = np.zeros((4, 4), np.float32)
+    values[1, 2] = 2
+    asked = RegionOptions(threshold=0.5)
+    expected = find_regions(values, asked, _GEOMETRY)
+
+    assert [(Box(20.0, 9.0, 6.0, 6.0), 2.0, 1.0)] == [(region.box, region.peak, region.share) for region in expected]
+    for encoding, size in ((Encoding.UINT8, MapSize.LAYER), (Encoding.OVERLAY_PNG, MapSize.SOURCE)):
+        spec = dataclasses.replace(_spec(encoding, size), regions=asked)
+        assert expected == encode(_raw(values), spec, label="", geometry=_GEOMETRY, source=_SOURCE).regions
+    assert () == _encode(values, Encoding.UINT8).regions
+
+
+@pytest.mark.parametrize("raw", [_raw(np.ones(9)), _raw(np.ones((2, 2, 2))), _channels((2, 2, 3))])
+def test_what_is_no_picture_has_no_regions(raw: RawMap) -> None:
+    """They are boxes."""
+    spec = dataclasses.replace(_spec(Encoding.UINT8), regions=RegionOptions(threshold=0.5))
+
+    with pytest.raises(Unsupported, match="has no regions"):
+        encode(raw, spec, label="", geometry=_GEOMETRY)
+
+
+def test_a_detection_is_told_on_the_source() -> None:
+    """The engine knows only the model's input."""
+    target = ResolvedTarget(class_index=3, score=Score.LOGIT, value=0.5, box=Box(4.0, 2.0, 8.0, 4.0), iou=0.75)
+    raw = dataclasses.replace(_raw(np.eye(2)), target=target)
+
+    heatmap = encode(raw, _spec(Encoding.UINT8), label="cat", geometry=_GEOMETRY)
+
+    # Column x of the input ends at 1.5 (x - 0.5) + 8.25 + 0.5 of the source.
+    assert dataclasses.replace(target, box=Box(14.0, 6.0, 12.0, 6.0)) == heatmap.raw.target
+    assert target == encode(raw, _spec(Encoding.UINT8), label="cat", geometry=None).raw.target
+
+
+def test_a_map_about_no_class_has_no_label() -> None:
+    """Whatever the caller of the stage says."""
+    raw = dataclasses.replace(_raw(np.eye(2)), target=ResolvedTarget(class_index=None, score=Score.LOGIT, value=0.0))
+
+    assert ("", "cat") == (
+        encode(raw, _spec(Encoding.UINT8), label="cat", geometry=None).label,
+        _encode(np.eye(2), Encoding.UINT8).label,
+    )
 
 
 def test_an_overlay_too_large_for_its_file_format_is_unsupported() -> None:

@@ -7,6 +7,7 @@ record and compared by tests.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import time
@@ -21,10 +22,13 @@ from camserve.server.bands import bands
 from camserve.server.errors import ExecutionFailed, InvalidRequest, Reason, Unsupported
 from camserve.server.jobs import ByteArray, Compression, Encoding, FloatArray, Geometry, Heatmap, MapSize, RawMap, Spec
 from camserve.server.overlay import blend
+from camserve.server.placement import box_on_source
+from camserve.server.regions import find_regions
 from camserve.server.resize import map_geometry, onto_source, to_size
 
 __all__ = ["encode", "needs_source"]
 
+# By the number of axes of space.
 _AXES: Final = {1: ("t",), 2: ("h", "w"), 3: ("d", "h", "w")}
 _CELLS: Final = frozenset({Encoding.FLOAT32, Encoding.FLOAT16, Encoding.UINT8})
 # File format, the largest side it can hold, and how it is saved: on photographs more effort costs far more than it gains.
@@ -58,21 +62,24 @@ def encode(
     Args:
         raw: the map, finite.
         spec: size, encoding, opacity.
-        label: of the class it is about.
+        label: of the class it is about; left out where it is about none.
         geometry: how the model's input lies on the source; None for tensors.
         source: (h w 3) uint8, upright; for overlays.
         input_size: (height, width) of the model's input, for MapSize.INPUT where there is no geometry.
 
     Raises:
         InvalidRequest: the source's size, or an overlay, for an input without a source image.
-        Unsupported: a 1D or 3D map in another form than its own cells, or an overlay larger than its file format allows.
+        Unsupported: a 1D or 3D map, or one with channels, in another form than its own cells or with regions; an overlay larger
+            than its file format allows.
         ExecutionFailed: float16 cannot hold the values, or the map is not finite.
     """
     started = time.perf_counter()
     if not np.isfinite(raw.values).all():
         raise ExecutionFailed(Reason.INTERNAL, f"map of {raw.values.shape} cells is not finite")
-    values, lies = _sized(raw.values, spec, geometry, input_size)
-    axes = _AXES[values.ndim]
+    _check_form(raw, spec)
+    axes = (*_AXES[_rank(raw)], "c") if raw.has_channels else _AXES[_rank(raw)]
+    regions = () if spec.regions is None else find_regions(raw.values, spec.regions, geometry)
+    values, lies = _sized(raw, spec, geometry, input_size)
     shape: tuple[int, ...] = values.shape
     low, high = float(values.min()), float(values.max())
     if spec.encoding in _OVERLAYS:
@@ -96,8 +103,8 @@ def encode(
         payload = codes.tobytes() if spec.encoding is Encoding.UINT8 else _png(codes)
     sent, compression = _compressed(payload) if spec.encoding in _CELLS else (payload, Compression.NONE)
     return Heatmap(
-        raw=raw,
-        label=label,
+        raw=_on_source(raw, geometry),
+        label="" if raw.target.class_index is None else label,
         method=spec.method,
         profile=spec.profile,
         shape=shape,
@@ -111,25 +118,54 @@ def encode(
         raw_sha256=hashlib.sha256(_little_endian(raw.values)).digest(),
         payload_sha256=hashlib.sha256(payload).digest(),
         encode_seconds=time.perf_counter() - started,
+        regions=regions,
     )
 
 
+def _rank(raw: RawMap) -> int:
+    """How many axes of space the map has."""
+    return raw.values.ndim - raw.has_channels
+
+
+def _check_form(raw: RawMap, spec: Spec) -> None:
+    """Refuses what only a plain picture has: other sizes than its own, files, regions."""
+    if _rank(raw) == 2 and not raw.has_channels:
+        return
+    size = MapSize.SOURCE if spec.encoding in _OVERLAYS else spec.size
+    told = f"a map of {_rank(raw)} dimensions{' with channels' if raw.has_channels else ''}"
+    metadata = {"dimensions": _rank(raw), "hasChannels": raw.has_channels, "encoding": spec.encoding, "size": size}
+    if _rank(raw) not in _AXES or size is not MapSize.LAYER or spec.encoding not in _CELLS:
+        raise Unsupported(
+            Reason.FEATURE_NOT_IMPLEMENTED,
+            f"{told} cannot be sent as {spec.encoding} at {size} size; maps of 1 or 3 dimensions, and signed channels, go at "
+            "layer size as float32, float16 or uint8",
+            metadata=metadata,
+        )
+    if spec.regions is not None:
+        raise Unsupported(
+            Reason.FEATURE_NOT_IMPLEMENTED,
+            f"{told} has no regions: they are boxes in a picture; leave them out and threshold the map",
+            metadata=metadata,
+        )
+
+
+def _on_source(raw: RawMap, geometry: Geometry | None) -> RawMap:
+    """The map with the box of the detection it is about on the source, as every box is that leaves the house."""
+    if raw.target.box is None:
+        return raw
+    box = box_on_source(raw.target.box, geometry)
+    return dataclasses.replace(raw, target=dataclasses.replace(raw.target, box=box))
+
+
 def _sized(
-    values: FloatArray, spec: Spec, geometry: Geometry | None, input_size: tuple[int, int] | None
+    raw: RawMap, spec: Spec, geometry: Geometry | None, input_size: tuple[int, int] | None
 ) -> tuple[FloatArray, Geometry | None]:
     """The map at the size asked for, and how its cells lie on the source."""
-    size = MapSize.SOURCE if spec.encoding in _OVERLAYS else spec.size
-    if values.ndim != 2:
-        if values.ndim not in _AXES or size is not MapSize.LAYER or spec.encoding not in _CELLS:
-            raise Unsupported(
-                Reason.FEATURE_NOT_IMPLEMENTED,
-                f"a map of {values.ndim} dimensions cannot be sent as {spec.encoding} at {size} size; "
-                "maps of 1 or 3 dimensions go at layer size as float32, float16 or uint8",
-                metadata={"dimensions": values.ndim, "encoding": spec.encoding, "size": size},
-            )
+    values, size = raw.values, MapSize.SOURCE if spec.encoding in _OVERLAYS else spec.size
+    if _rank(raw) != 2:
         return values, None
     if size is MapSize.LAYER:
-        return values, None if geometry is None else map_geometry(geometry, *values.shape)
+        return values, None if geometry is None else map_geometry(geometry, *values.shape[:2])
     if size is MapSize.INPUT:
         target = input_size if geometry is None else (geometry.input_height, geometry.input_width)
         if target is None:
