@@ -2,9 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from camserve.server.models.config import ModelConfig, read_config, read_labels
+from camserve.server.jobs import OutputKind
+from camserve.server.models.config import ModelConfig, read_config, read_labels, read_phrases
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def test_a_model_that_takes_no_images_names_its_shape(card):
         ("[input]\nstd = [0.0]", r"model\.toml: input: std .* must be above 0"),
         ("max_batch = 0", r"model\.toml: max_batch: "),
         ('precision = "int8"', r"model\.toml: precision: "),
-        ('[output]\nkind = "detection"', r"model\.toml: output\.kind: "),
+        ('[output]\nkind = "captioning"', r"model\.toml: output\.kind: "),
         ("[factory]\npretrained = true", r"model\.toml: factory\.name: Field required"),
         ('labels_file = "nowhere.txt"', r"cannot read the labels in .*nowhere\.txt"),
         ('labels = ["a"]\nlabels_file = "labels.txt"', "labels and labels_file are both given"),
@@ -130,3 +133,97 @@ def test_an_empty_label_is_refused(tmp_path, text, line):
 
     with pytest.raises(ValueError, match=rf"labels\.txt, line {line}: it is empty"):
         read_labels(path)
+
+
+@pytest.mark.parametrize("kind", OutputKind)
+def test_every_kind_of_output_has_its_word(card, kind):
+    """As requests and answers write it."""
+    assert kind is read_config(card(f'[output]\nkind = "{kind}"')).output.kind
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("bfloat16", "float32"), ("float16", "float32"), ("float64", "float64")]
+)
+def test_rows_for_half_precision_are_made_in_single(card, precision, rows):
+    """The host has no bfloat16."""
+    config = read_config(card(f'precision = "{precision}"'))
+
+    assert (precision, rows) == (config.precision, config.recipe().dtype)
+
+
+def test_further_inputs_keep_their_order(card):
+    """The model takes them as they are written."""
+    config = read_config(
+        card("""
+            [input.extra.question]
+            shape = [12]
+            dtype = "int64"
+            [input.extra.age]
+            [input.extra.depth]
+            shape = [1, 8, 8]
+        """)
+    )
+
+    assert [("question", (12,), "int64"), ("age", (), "float32"), ("depth", (1, 8, 8), "float32")] == [
+        (name, extra.shape, extra.dtype) for name, extra in config.input.extra.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[output]\nphrases = "p.safetensors"',
+            "phrases are compared with embeddings, and output.kind is 'classification'",
+        ),
+        ("[input.extra.age]\nshape = [0]", "input.extra.age.shape"),
+        ('[input.extra.age]\ndtype = "complex64"', "input.extra.age.dtype"),
+        ('precision = "int8"', "precision"),
+    ],
+)
+def test_a_card_that_makes_no_sense_names_the_field(card, text, message):
+    """With what is allowed."""
+    with pytest.raises(ValueError, match=message):
+        read_config(card(text))
+
+
+def test_phrases_are_read_in_order(tmp_path):
+    """As single precision, whatever they were saved in."""
+    path = tmp_path / "phrases.safetensors"
+    save_file({"a scratch": np.array([0.0, 2.0]), "a dent": np.array([1.0, 0.5], np.float16)}, path)
+
+    assert {"a dent": [1.0, 0.5], "a scratch": [0.0, 2.0]} == {
+        phrase: vector.tolist() for phrase, vector in read_phrases(path).items()
+    }
+    assert ["a dent", "a scratch"] == list(read_phrases(path))
+    assert {np.dtype(np.float32)} == {vector.dtype for vector in read_phrases(path).values()}
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({}, "no phrase"),
+        ({"a": np.zeros(2)}, "'a' has shape"),
+        ({"a": np.ones((1, 2))}, "'a' has shape"),
+        ({"a": np.ones(2), "b": np.ones(3)}, "'b' has shape"),
+        ({"a": np.array([1.0, np.nan])}, "'a' has shape"),
+    ],
+)
+def test_phrases_that_cannot_be_compared_are_refused(tmp_path, vectors, message):
+    """At load, with the phrase at fault."""
+    path = tmp_path / "phrases.safetensors"
+    save_file(vectors, path)
+
+    with pytest.raises(ValueError, match=message):
+        read_phrases(path)
+
+
+def test_a_file_that_holds_no_tensors_is_refused(tmp_path):
+    """With its path."""
+    path = tmp_path / "phrases.safetensors"
+    path.write_text("a dent", encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"cannot read the phrases in .*safetensors"):
+        read_phrases(path)
+    with pytest.raises(ValueError, match=r"cannot read the phrases in .*absent"):
+        read_phrases(tmp_path / "absent")

@@ -6,16 +6,39 @@ Every field has a default that suits a torchvision-style classifier, so that a b
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
+from camserve.server.jobs import FloatArray, OutputKind
 from camserve.server.models.recipe import Channels, InputRecipe, Interpolation, Resize
 
-__all__ = ["FactoryConfig", "InputConfig", "ModelConfig", "OutputConfig", "read_config", "read_labels"]
+__all__ = [
+    "ExtraConfig",
+    "FactoryConfig",
+    "InputConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "read_config",
+    "read_labels",
+    "read_phrases",
+]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ExtraConfig(BaseModel):
+    """An input besides the first, sent as a tensor: `[input.extra.name]`."""
+
+    model_config = _STRICT
+
+    shape: tuple[PositiveInt, ...] = Field((), description="Of one row; empty for one number a row.")
+    dtype: Literal["float32", "float64", "float16", "int64", "int32", "uint8", "bool"] = "float32"
 
 
 class InputConfig(BaseModel):
@@ -34,6 +57,9 @@ class InputConfig(BaseModel):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pad_value: int = Field(0, ge=0, le=255, description="Gray value around a letterboxed image.")
+    extra: dict[str, ExtraConfig] = Field(
+        default_factory=dict, description="Further inputs, in the order in which the model takes them."
+    )
 
 
 class OutputConfig(BaseModel):
@@ -41,8 +67,12 @@ class OutputConfig(BaseModel):
 
     model_config = _STRICT
 
-    kind: Literal["classification"] = "classification"
+    kind: OutputKind = Field(
+        OutputKind.CLASSIFICATION,
+        description="classification, multi-label, regression, embedding, segmentation, sequence or detection.",
+    )
     path: str = Field("", description="Key or index of the logits when the model returns a dict or a tuple.")
+    phrases: str = Field("", description="Safetensors file beside model.toml: a vector for each phrase.")
 
 
 class FactoryConfig(BaseModel):
@@ -72,10 +102,19 @@ class ModelConfig(BaseModel):
     factory: FactoryConfig | None = None
     default_layer: str = Field("", description="Explained when a spec names no layer; empty lets the probe choose.")
     max_batch: int | None = Field(None, ge=1, description="Most rows in one pass; default: the server's.")
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _phrases_need_an_embedding(self) -> Self:
+        if self.output.phrases and self.output.kind is not OutputKind.EMBEDDING:
+            raise ValueError(
+                f"output.phrases are compared with embeddings, and output.kind is {self.output.kind.value!r}; "
+                "leave the phrases out, or set output.kind to 'embedding' if the model returns one"
+            )
+        return self
 
     def recipe(self) -> InputRecipe:
-        """The preprocessing these fields describe."""
+        """The preprocessing these fields describe; rows for half precision are made in single and cast on the device."""
         given = self.input
         mean, std = given.mean, given.std
         if given.channels in {"gray", "none"}:
@@ -84,7 +123,7 @@ class ModelConfig(BaseModel):
             std = std if "std" in given.model_fields_set else (1.0,)
         return InputRecipe(
             shape=given.shape or (1 if given.channels == "gray" else 3, *given.size),
-            dtype=self.precision,
+            dtype="float64" if self.precision == "float64" else "float32",
             resize=given.resize,
             resize_size=given.resize_size,
             interpolation=given.interpolation,
@@ -133,3 +172,27 @@ def read_labels(path: Path) -> tuple[str, ...]:
     if "" in labels:  # An empty file has one such line.
         raise ValueError(f"{path}, line {labels.index('') + 1}: it is empty; write one label for each class")
     return labels
+
+
+def read_phrases(path: Path) -> Mapping[str, FloatArray]:
+    """Reads a safetensors file of embeddings by phrase, in order of phrase.
+
+    Raises:
+        ValueError: it cannot be read, holds no phrase, or a value is not one finite vector, not zero, as long as the others.
+    """
+    try:
+        found = {phrase: values.astype(np.float32) for phrase, values in sorted(load_file(path).items())}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"cannot read the phrases in {path}: {error}; save a float32 vector for each with safetensors"
+        ) from error
+    if not found:
+        raise ValueError(f"{path}: it holds no phrase; save a vector for each, by its text")
+    shape = next(iter(found.values())).shape
+    for phrase, values in found.items():
+        if values.ndim != 1 or values.shape != shape or not np.isfinite(values).all() or not values.any():
+            raise ValueError(
+                f"{path}: phrase {phrase!r} has shape {values.shape}; each is one finite vector, not zero, of {shape[-1:]} "
+                "components like the others"
+            )
+    return found
