@@ -24,7 +24,8 @@ from torch import Tensor
 
 from camserve.server.engine import script_graph as graphs
 from camserve.server.engine.digests import digest_tensors
-from camserve.server.engine.program import BackwardRule, Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Capture, Digests, ProgramKind, TapName
+from camserve.server.engine.script_attention import attention_graph, attentions_among
 from camserve.server.engine.script_biases import biases_of
 from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
 from camserve.server.engine.script_rules import ruled_graph
@@ -164,7 +165,7 @@ class ScriptProgram:
         """One forward that keeps the value at each tap. Inputs that require grad keep their graph, taps are then no leaves.
 
         Args:
-            taps: what to keep.
+            taps: what to keep; `ATTENTION` stands for every attention and comes as `@attention#0`, `@attention#1` and so on.
             inputs: as for `run`.
             differentiable: whether the values require grad and the outputs have a graph back to them.
             rule: how to differentiate.
@@ -174,8 +175,10 @@ class ScriptProgram:
             Unsupported: it exists but cannot be tapped, or the name leaves open which of several tensors is meant; or the rule
                 cannot be applied to this program.
         """
-        form = self._form(rule, taps)
-        picks = {tap: form.pick(tap) for tap in taps}
+        form = self._form(rule, taps, inputs)
+        picks = {
+            tap: form.pick(tap) for asked in taps for tap in (form.every(asked) if asked == ATTENTION else [asked])
+        }
         wanted = tuple(sorted(set(picks.values())))
         with torch.set_grad_enabled(differentiable):
             outputs, values = self._carefully_captured(form, wanted, inputs)
@@ -214,20 +217,34 @@ class ScriptProgram:
             self._biases = biases_of(self._form_of(BackwardRule.PLAIN, names_operators=True), self._archive)
         return self._biases
 
-    def _form(self, rule: BackwardRule, taps: Sequence[TapName]) -> Form:
+    def _form(self, rule: BackwardRule, taps: Sequence[TapName], inputs: Sequence[Tensor] = ()) -> Form:
         """The form of a rule in which all these taps have names."""
-        return self._form_of(rule, names_operators=any(tap.path.startswith("op.") for tap in taps))
+        return self._form_of(rule, inputs, names_operators=any(tap.path.startswith("op.") for tap in taps))
 
-    def _form_of(self, rule: BackwardRule, *, names_operators: bool) -> Form:
-        """The form of a rule; on wish one with named operators, which a frozen archive always has."""
+    def _form_of(self, rule: BackwardRule, inputs: Sequence[Tensor] = (), *, names_operators: bool) -> Form:
+        """The form of a rule; on wish one with named operators, which a frozen archive always has.
+
+        What is attention can only be seen with inputs, the first time.
+        """
         names_operators &= not any(call.path.startswith("op.") for call in self._plain.calls)
         if rule is BackwardRule.PLAIN and not names_operators:
             return self._plain
         if (rule, names_operators) not in self._forms:
             graph = graphs.operators_marked(self._plain.graph) if names_operators else self._plain.graph
-            graph = graph if rule is BackwardRule.PLAIN else ruled_graph(graph, rule)
+            if rule is BackwardRule.ATTENTION:
+                graph = attention_graph(graph, self._attentions(graph, inputs))
+            elif rule is not BackwardRule.PLAIN:
+                graph = ruled_graph(graph, rule)
             self._forms[rule, names_operators] = Form(graph, self._modules)
         return self._forms[rule, names_operators]
+
+    def _attentions(self, marked: graphs.Graph, inputs: Sequence[Tensor]) -> list[int]:
+        """Which of a graph's candidates are attentions, by one forward that captures them all."""
+        form = Form(attention_graph(marked), self._modules)
+        picks = {tap: form.pick(tap) for tap in form.every(ATTENTION)}
+        with torch.no_grad():
+            _, values = self._carefully_captured(form, tuple(sorted(picks.values())), inputs)
+        return attentions_among([values[pick] for pick in picks.values()], len(inputs[0]))
 
     def _carefully_captured(
         self, form: Form, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]

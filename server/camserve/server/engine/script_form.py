@@ -94,6 +94,10 @@ class Form:
         call = self.calls[number]
         return TapName(call.path, call.index if len(self._at[call.path]) > 1 else None)
 
+    def every(self, tap: TapName) -> list[TapName]:
+        """Each call of a path by its own name."""
+        return [TapName(tap.path, index) for index in range(len(self._at.get(tap.path, ())))]
+
     def others(self, tap: TapName) -> str:
         """Names of other layers, for a message about this one."""
         tappable = list(dict.fromkeys(place.path for place in self.places if not place.refusal))

@@ -39,11 +39,13 @@ __all__ = [
     "insert_constants",
     "integer",
     "interpreted",
+    "mark_after",
     "mark_calls",
     "mark_operators",
     "marked_graph",
     "marked_outputs",
     "marks",
+    "number_marks",
     "number_of",
     "operators_marked",
     "optional",
@@ -101,7 +103,7 @@ def marked_graph(archive: torch.jit.ScriptModule, device: torch.device, dtype: t
     _fold(graph, archive)
     if not any(True for _ in marks(graph)):
         mark_operators(graph)
-    _number(graph)
+    number_marks(graph)
     return graph
 
 
@@ -142,22 +144,27 @@ def mark_operators(graph: Graph) -> None:
             or node.output().type().kind() != "TensorType"
         ):
             continue
-        value, path = node.output(), "op." + node.kind().removeprefix("aten::").strip("_")
-        mark = graph.create(_MARK, [value], 1)
-        mark.s_("path", path)
-        mark.output().setType(value.type())
-        mark.insertAfter(node)
-        record = graph.create(_RECORD, [mark.output()], 0)
-        record.s_("path", path)
-        record.insertAfter(mark)
-        value.replaceAllUsesAfterNodeWith(record, mark.output())
+        mark_after(graph, node, "op." + node.kind().removeprefix("aten::").strip("_"))
+
+
+def mark_after(graph: Graph, node: Node, path: str) -> None:
+    """Marks what a node returns as what a module of this path would return."""
+    value = node.output()
+    mark = graph.create(_MARK, [value], 1)
+    mark.s_("path", path)
+    mark.output().setType(value.type())
+    mark.insertAfter(node)
+    record = graph.create(_RECORD, [mark.output()], 0)
+    record.s_("path", path)
+    record.insertAfter(mark)
+    value.replaceAllUsesAfterNodeWith(record, mark.output())
 
 
 def operators_marked(marked: Graph) -> Graph:
     """A copy of a marked graph in which operators inside modules have marks too, by the names they have in frozen archives."""
     graph = copied(marked)
     mark_operators(graph)
-    _number(graph)
+    number_marks(graph)
     return graph
 
 
@@ -245,13 +252,14 @@ def marks(graph: Graph) -> Iterator[tuple[Node | None, Node, Chain]]:
             yield (mark if mark.kind() == _MARK and mark.hasAttribute("path") else None), node, chain
 
 
-def _number(graph: Graph) -> None:
+def number_marks(graph: Graph) -> None:
+    """Numbers the calls of a graph in order, as whoever adds marks has to do again."""
     for number, (_, record, _chain) in enumerate(marks(graph)):
         record.i_("number", number)
 
 
 def marked_outputs(node: Node) -> list[int]:
-    """The numbers of the calls that return a node's output unchanged: modules from the inside out, then its own, if it has one."""
+    """The numbers of the calls that return a node's output unchanged: modules from the inside out, then its own, if any."""
     modules: list[int] = []
     own: list[int] = []
     waiting = list(node.outputs())
