@@ -237,3 +237,62 @@ def test_arithmetic_is_that_of_pytorch_grad_cam(slug: str, library: type[pytorch
     if METHODS[slug].family is Family.COMPONENTS and slug not in {"fem", "seg-eigen-cam"}:
         expected, result = expected.abs(), result.abs()
     torch.testing.assert_close(expected.to(result), result, rtol=1e-5, atol=1e-5 * float(result.abs().max()))
+
+
+@pytest.mark.parametrize("slug", LAYERWISE)
+@pytest.mark.parametrize("shape", [(1, 1), (1,), (1, 1, 1)])
+def test_a_layer_of_one_cell_has_a_defined_map(slug: str, shape: tuple[int, ...]) -> None:
+    """One finite value: by the formula where it has one, zero where cells would have to differ."""
+    activation, gradient = random_pair(1, 2, 4, *shape)
+
+    result = layer_map(slug, evidence_of(activation + 0.1, gradient))
+
+    assert (2, *shape) == result.shape
+    assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("slug", LAYERWISE)
+@pytest.mark.parametrize("value", [-2.0, 0.0, 3.0])
+def test_a_constant_layer_has_a_constant_map(slug: str, value: float) -> None:
+    """Negative ones and dead ones too; where the gradient is constant as well, no cell is told from another, and none is NaN."""
+    activation = torch.full((2, 3, 4, 5), value)
+
+    result = layer_map(slug, evidence_of(activation, torch.full_like(activation, 0.5)))
+
+    torch.testing.assert_close(result[:, :1, :1].expand_as(result), result, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("slug", LAYERWISE)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_row_is_broken_alone(slug: str, bad: float) -> None:
+    """What is not finite shows in its own row and leaves the bits of its neighbours alone."""
+    activation, gradient = random_pair(2, 3, 4, 3, 3)
+    expected = layer_map(slug, evidence_of(activation, gradient))
+    activation, gradient = activation.clone(), gradient.clone()
+    gradient[1, :, 0, 0] = activation[1, :, 0, 0] = bad
+
+    result = layer_map(slug, evidence_of(activation, gradient))
+
+    assert not result[1].isfinite().all()
+    assert expected[[0, 2]].equal(result[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("slug", "profile"),
+    [
+        (slug, profile)
+        for slug in LAYERWISE
+        for profile in Profile
+        # The kernel's width is the number of channels, dead ones too.
+        if profile not in METHODS[slug].absent_from and slug != "kpca-cam"
+    ],
+)
+def test_dead_channels_change_nothing(slug: str, profile: Profile) -> None:
+    """A channel of zeros, whatever its gradient, neither breaks a weight nor adds to the map."""
+    activation, gradient = random_pair(3, 2, 4, 3, 3)
+    wider = [torch.cat([values, values[:, :1]], dim=1) for values in (activation, gradient)]
+    wider[0][:, -1] = 0
+
+    result = layer_map(slug, evidence_of(*wider), profile)
+
+    torch.testing.assert_close(layer_map(slug, evidence_of(activation, gradient), profile), result)
