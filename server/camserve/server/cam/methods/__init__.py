@@ -11,7 +11,9 @@ from types import MappingProxyType
 
 from camserve.server.cam.methods.activation_only import ACTIVATION_ONLY
 from camserve.server.cam.methods.attention import ATTENTION
+from camserve.server.cam.methods.augmentation import augmented
 from camserve.server.cam.methods.components import COMPONENTS, first_component
+from camserve.server.cam.methods.concepts import CONCEPTS
 from camserve.server.cam.methods.elementwise import ELEMENTWISE
 from camserve.server.cam.methods.fullgrad import FULL_GRADIENT
 from camserve.server.cam.methods.input_space import INPUT_SPACE
@@ -31,6 +33,7 @@ from camserve.server.cam.methods.method import (
     WorkClass,
 )
 from camserve.server.cam.methods.perturbation import PERTURBATION
+from camserve.server.cam.methods.sampling import SAMPLING
 from camserve.server.cam.methods.second_order import SECOND_ORDER
 from camserve.server.cam.methods.weights import WEIGHTED
 from camserve.server.errors import Reason, Unsupported
@@ -50,6 +53,7 @@ __all__ = [
     "Step",
     "Whole",
     "WorkClass",
+    "augmented",
     "find_method",
     "first_component",
 ]
@@ -63,7 +67,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             *SECOND_ORDER,
             *COMPONENTS,
             *ACTIVATION_ONLY,
+            *CONCEPTS,
             *PERTURBATION,
+            *SAMPLING,
             *INPUT_SPACE,
             *FULL_GRADIENT,
             *ATTENTION,
