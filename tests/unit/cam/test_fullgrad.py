@@ -161,3 +161,15 @@ def test_one_and_three_axes_are_as_two() -> None:
 
     torch.testing.assert_close(draw(), draw(2))
     torch.testing.assert_close(draw(), draw(2, 4))
+
+
+def test_channels_of_a_linear_layer_over_cells_are_found_last() -> None:
+    """Its gradient is (b cells channels), and adds to the same map as a convolution of one cell would."""
+    generator = torch.Generator().manual_seed(6)
+    at_input = Evidence(activation=torch.ones(1, 2, 8), gradient=torch.randn(1, 2, 8, generator=generator))
+    g, bias = torch.randn(1, 3, 4, generator=generator), torch.randn(3, generator=generator)
+    convolution = Evidence(activation=g, gradient=g, bias=bias)
+    linear = Evidence(activation=g.mT, gradient=g.mT, bias=bias)
+
+    assert completeness([at_input, convolution]).equal(completeness([at_input, linear]))
+    assert whole_map("fullgrad", at_input, convolution).equal(whole_map("fullgrad", at_input, linear))

@@ -24,8 +24,9 @@ __all__ = ["ATTENTION"]
 def _legrad(evidences: Sequence[Evidence]) -> Float[Tensor, "b *grid"]:
     """The mean over layers of mean_heads,queries ReLU(dy/dA): how much each key could add by being attended to more.
 
-    The paper differentiates for each layer the score of that layer's own tokens, put through the head; what arrives here is what
-    the engine differentiated.
+    The paper, and torchcam's class, differentiate for each layer a score of its own: that layer's tokens put through the head.
+    Which module is a head cannot be told of any program, so y is the model's own score here. In the last layer they are the same
+    where the head reads the tokens in the same way.
     """
     layers = [positive_part(given(evidence.gradient, Need.GRADIENT)).mean(dim=(1, 2)) for evidence in evidences]
     return torch.stack([_on_grid(keys, evidence) for keys, evidence in zip(layers, evidences, strict=True)]).mean(dim=0)
@@ -80,7 +81,7 @@ ATTENTION: tuple[Method, ...] = (
     Method(
         slug="legrad",
         title="LeGrad",
-        paper="Bousselham et al., LeGrad, arXiv:2404.03214: mean over layers, heads and queries of ReLU(dy/dA)",
+        paper="Bousselham et al., LeGrad, arXiv:2404.03214: mean over layers, heads and queries of ReLU(dy/dA), y the model's",
         reads=Reads.ATTENTION,
         needs=frozenset({Need.GRADIENT}),
         rectifies=False,
@@ -88,7 +89,8 @@ ATTENTION: tuple[Method, ...] = (
         work=WorkClass.ONE_GRADIENT,
         cost="one gradient",
         arithmetic=Whole(_legrad),
-        absent_from=frozenset({Profile.PYTORCH_GRAD_CAM}),
+        # torchcam has a LeGrad, but one of layer scores, which nothing here can follow.
+        absent_from=frozenset({Profile.PYTORCH_GRAD_CAM, Profile.TORCHCAM}),
     ),
     Method(
         slug="attention-rollout",

@@ -16,15 +16,17 @@ __all__ = ["FULL_GRADIENT", "completeness", "contributions"]
 
 
 def contributions(evidences: Sequence[Evidence]) -> list[Float[Tensor, "b c *space"]]:
-    """What each place contributes to the score: x dx at the input, b g where a layer adds b to each channel."""
-    terms = []
-    for evidence in evidences:
-        gradient = given(evidence.gradient, Need.GRADIENT)
-        if evidence.bias is None:
-            terms.append(widen(evidence.activation) * gradient)
-        else:
-            bias = widen(evidence.bias).to(gradient.device)
-            terms.append(bias.reshape(-1, *[1] * (gradient.ndim - 2)) * gradient)
+    """What each place contributes to the score: x dx at the input, which comes first, and b g where a layer adds b.
+
+    A linear layer over many cells has its channels last; they are brought to the front.
+    """
+    at_input, *layers = evidences
+    terms = [widen(at_input.activation) * given(at_input.gradient, Need.GRADIENT)]
+    for layer in layers:
+        gradient, bias = given(layer.gradient, Need.GRADIENT), given(layer.bias, "layer's bias")
+        if gradient.shape[1] != len(bias):
+            gradient = gradient.movedim(-1, 1)
+        terms.append(bias.to(gradient.device).reshape(-1, *[1] * (gradient.ndim - 2)) * gradient)
     return terms
 
 
