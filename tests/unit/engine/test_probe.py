@@ -1,5 +1,6 @@
 import io
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from camserve.server.engine.probe import LayerReport, ProbeReport, find_linear_h
 from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
 from camserve.server.errors import ExecutionFailed
+from camserve.server.jobs import OutputKind
 
 CPU = torch.device("cpu")
 
@@ -119,9 +121,9 @@ class NonSquare(nn.Module):
         return self.head(self.norm(self.stem(images).permute(0, 2, 3, 1)).mean((1, 2)))
 
 
-def eager(module: nn.Module, shape: tuple[int, ...] = (1, 3, 32, 32)) -> ProbeReport:
+def eager(module: nn.Module, shape: tuple[int, ...] = (1, 3, 32, 32), **options: Any) -> ProbeReport:
     """The report on an eager module."""
-    return probe(EagerProgram(module, device=CPU), torch.randn(shape))
+    return probe(EagerProgram(module, device=CPU), torch.randn(shape), **options)
 
 
 def layer(report: ProbeReport, name: str) -> LayerReport:
@@ -418,3 +420,145 @@ def test_the_default_of_larger_networks(name: str, default: str, head_layer: str
     report = eager(torchvision.models.get_model(name, weights=None), (1, 3, 224, 224))
 
     assert (default, head_layer) == (report.default_layer, report.head_layer)
+
+
+class UNet(nn.Module):
+    """Down to a quarter and up again; returns as torchvision's segmentation networks do."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.join = nn.Conv2d(8, 6, 3, padding=1)
+        self.out = nn.Conv2d(6, classes, 1)
+        self.aux = nn.Conv2d(8, classes, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(b, 3, h, w) to scores (b, classes, h / 2, w / 2) and their coarse twin."""
+        fine = self.down(images).relu()
+        coarse = self.deep(fine).relu()
+        joined = self.join(torch.cat([fine, self.up(coarse)], 1)).relu()
+        return {"out": self.out(joined), "aux": self.aux(coarse)}
+
+
+def test_a_segmentation_is_looked_at_by_its_path() -> None:
+    """Its own layer is not the default, nor is one that only the other output depends on; classes are its channels."""
+    report = eager(UNet(), output_path="out", output_kind=OutputKind.SEGMENTATION)
+
+    assert (3, "join", ("deep", "join")) == (report.classes, report.default_layer, report.stages)
+    assert layer(report, "aux").has_gradient is False
+    assert report.differentiable
+    assert (1, 2, 3) == report.batch_sizes
+
+
+def test_what_is_not_of_the_named_kind_is_refused() -> None:
+    """Only a card that names no kind is helped out."""
+    with pytest.raises(ExecutionFailed, match=r"several tensors.*paths: out, aux"):
+        eager(UNet(), output_kind=OutputKind.SEGMENTATION)
+    with pytest.raises(ExecutionFailed, match=r"floating \(b, classes, \*cells\)"):
+        eager(Net(), output_kind=OutputKind.SEGMENTATION)
+
+
+def test_a_sequence_has_the_classes_of_a_step() -> None:
+    """(b, steps, classes)."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.body(images).relu().mean(2).movedim(1, 2))
+
+    report = eager(Reader(), (1, 3, 32, 64), output_kind=OutputKind.SEQUENCE)
+
+    assert (5, "body", ("body",)) == (report.classes, report.default_layer, report.stages)
+
+
+@pytest.mark.parametrize("kind", [OutputKind.EMBEDDING, OutputKind.MULTI_LABEL, OutputKind.REGRESSION])
+def test_vectors_of_every_kind_are_looked_at_alike(kind: OutputKind) -> None:
+    """A linear head is found behind any of them."""
+    report = eager(Net(), output_kind=kind)
+
+    assert (5, "block", "block") == (report.classes, report.default_layer, report.head_layer)
+
+
+def test_one_value_a_row_is_a_regression() -> None:
+    """(b) counts as one channel."""
+    module = nn.Sequential(Net(), nn.Linear(5, 1), nn.Flatten(0))
+
+    assert 1 == eager(module, output_kind=OutputKind.REGRESSION).classes
+
+
+def detector(**options: Any) -> nn.Module:
+    """A Faster R-CNN with random weights."""
+    builder: Any = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    counts = {"rpn_pre_nms_top_n_test": 20, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
+    module: nn.Module = builder(
+        weights=None, weights_backbone=None, num_classes=4, min_size=96, max_size=96, **counts, **options
+    )
+    return module
+
+
+def test_a_detector_is_looked_at_through_its_scores() -> None:
+    """They depend on the backbone; how many classes there are does not show."""
+    report = eager(detector(box_score_thresh=0.0), (1, 3, 96, 96), output_kind=OutputKind.DETECTION)
+
+    assert (1, 2, 3) == report.batch_sizes
+    assert 0 == report.classes
+    assert report.differentiable
+    assert layer(report, "backbone.body.16").has_gradient
+    assert layer(report, report.default_layer).has_gradient
+    assert report.head is None
+    assert report.stages
+
+
+def test_a_detector_that_finds_nothing_in_noise_is_noted() -> None:
+    """Its layers can be mapped all the same: with an image it may find something."""
+    report = eager(detector(box_score_thresh=0.99), (1, 3, 96, 96), output_kind=OutputKind.DETECTION)
+
+    assert "found nothing in noise" in report.notes[-1]
+    assert report.differentiable
+    assert layer(report, "backbone.body.16").has_gradient is None
+    assert report.default_layer
+
+
+def test_further_inputs_are_passed_on() -> None:
+    """Noise for numbers, the same for whole ones; a neighbour's do not matter."""
+
+    class Asked(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(10, 5)
+
+        def forward(self, images: Tensor, words: Tensor, scale: Tensor) -> Tensor:
+            return super().forward(images) * scale[:, None] + self.words(words).sum(1)
+
+    report = eager(Asked(), extras=(torch.tensor([[1, 9, 3]]), torch.ones(1)))
+
+    assert ((1, 2, 3), True, "block") == (report.batch_sizes, report.rows_independent, report.default_layer)
+    assert (16, 16) == report.layouts["block"].grid
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18", ("relu", "layer1", "layer2", "layer3", "layer4")),
+        ("vgg11", ("features.1", "features.4", "features.9", "features.14", "features.19", "features.20")),
+    ],
+)
+def test_stages_are_the_last_layers_of_each_resolution(name: str, stages: tuple[str, ...]) -> None:
+    """Shallowest first, and the default among them; cells that were averaged away are none."""
+    report = eager(torchvision.models.get_model(name, weights=None), (1, 3, 224, 224))
+
+    assert stages == report.stages
+    assert report.default_layer in stages
+
+
+def test_a_transformers_blocks_are_one_stage() -> None:
+    """All have the grid of the patches."""
+    report = eager(Transformer(1, (32, 32)))
+
+    assert (report.default_layer,) == report.stages

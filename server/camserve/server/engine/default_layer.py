@@ -1,4 +1,4 @@
-"""Chooses the layer to explain when nobody says which, and one name among layers that hold the same value.
+"""Chooses the layers to explain when nobody says which, and one name among layers that hold the same value.
 
 `probe.py` calls these with what one capture of every layer showed.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from camserve.server.engine.layout import Layout, LayoutKind
 from camserve.server.engine.program import Call, TapName
 
-__all__ = ["best_name", "choose_default"]
+__all__ = ["best_name", "choose_default", "choose_stages"]
 
 
 def choose_default(
@@ -22,7 +22,7 @@ def choose_default(
     layouts: Mapping[TapName, Layout],
     reaches: Mapping[TapName, bool | None],
     values: Mapping[TapName, Tensor],
-    scores: Tensor,
+    dense_channels: int = 0,
 ) -> TapName | None:
     """Picks the last layer that still has more than one cell and on whose cells the class scores depend.
 
@@ -34,16 +34,55 @@ def choose_default(
         layouts: of the taps that have one, in order of execution.
         reaches: whether the gradient is not zero everywhere; None where there is no derivative, which excludes nothing.
         values: activations.
-        scores: (b, classes), or dense (b, classes, *space), whose own layer explains nothing.
+        dense_channels: of an output that is dense itself; a layer with as many explains nothing. 0 for other outputs.
     """
-    containers = _containers(calls)
-    candidates = [
+    candidates = _candidates(layouts, reaches, dense_channels)
+    return _last(candidates, calls, layouts, values)
+
+
+def choose_stages(
+    calls: Sequence[Call],
+    layouts: Mapping[TapName, Layout],
+    reaches: Mapping[TapName, bool | None],
+    values: Mapping[TapName, Tensor],
+    dense_channels: int = 0,
+) -> list[TapName]:
+    """Picks the last layer of each resolution by the same rule, in order of execution: a sweep from fine and shallow to deep.
+
+    Args:
+        calls: in order of execution.
+        layouts: as for `choose_default`.
+        reaches: likewise.
+        values: activations.
+        dense_channels: as for `choose_default`.
+    """
+    candidates = _candidates(layouts, reaches, dense_channels)
+    of_grid: dict[tuple[int, ...], list[TapName]] = {}
+    for tap in candidates:
+        of_grid.setdefault(layouts[tap].grid, []).append(tap)
+    last = [_last(taps, calls, layouts, values) for taps in of_grid.values()]
+    order = list(layouts)
+    return sorted((tap for tap in last if tap is not None), key=order.index)
+
+
+def _candidates(
+    layouts: Mapping[TapName, Layout], reaches: Mapping[TapName, bool | None], dense_channels: int
+) -> list[TapName]:
+    return [
         tap
         for tap, layout in layouts.items()
-        if math.prod(layout.grid) > 1
-        and reaches.get(tap) is not False
-        and not (scores.ndim > 2 and layout.channels == scores.shape[1])
+        if math.prod(layout.grid) > 1 and reaches.get(tap) is not False and layout.channels != dense_channels
     ]
+
+
+def _last(
+    candidates: Sequence[TapName],
+    calls: Sequence[Call],
+    layouts: Mapping[TapName, Layout],
+    values: Mapping[TapName, Tensor],
+) -> TapName | None:
+    """The last one; among a transformer's the last whole block."""
+    containers = _containers(calls)
     blocks = [tap for tap in candidates if tap.path in containers]
     for tap in reversed(candidates):
         if layouts[tap].kind is not LayoutKind.TOKENS or not blocks or tap in blocks:

@@ -1,4 +1,4 @@
-"""One capture of every layer, with the gradient of the class scores at each.
+"""One capture of every layer, with the gradient of the model's scores at each.
 
 `probe.py` asks. All taps ride one forward and one gradient; where a program cannot do that, each gets its own.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from camserve.server.engine.program import Program, TapName
-from camserve.server.engine.readouts import select_output
+from camserve.server.engine.readouts import select_detections, select_output
 from camserve.server.errors import CamserveError, ExecutionFailed
 from camserve.server.jobs import OutputKind
 
@@ -36,9 +36,9 @@ class Seen:
 
     Attributes:
         values: activations (b, ...), in the order of the taps.
-        gradients: of the class scores; None where they do not depend on the tap. Empty if there is no derivative.
-        no_gradient: why there is none, and what to do about it.
-        scores: the class scores (b, classes), or the first floating output of another shape.
+        gradients: of the scores; None where they do not depend on the tap. Empty if there is no derivative, or no score.
+        no_gradient: why there is no derivative, and what to do about it.
+        scores: what is differentiated: class scores (b, classes), another kind's tensor, or the scores of all detections (n).
         refusals: taps that could not be captured, and why.
     """
 
@@ -49,28 +49,35 @@ class Seen:
     refusals: Mapping[TapName, str]
 
 
-def look(program: Program, taps: Sequence[TapName], inputs: Tensor, output_path: str) -> Seen:
+def look(
+    program: Program,
+    taps: Sequence[TapName],
+    inputs: Sequence[Tensor],
+    output_path: str,
+    kind: OutputKind = OutputKind.CLASSIFICATION,
+) -> Seen:
     """Captures every tap and differentiates.
 
     Args:
         program: looked at.
         taps: with call indices; may be empty.
-        inputs: (b, c, *space).
+        inputs: (b, c, *space), and further ones if the model takes several.
         output_path: see `readouts.select_output`.
+        kind: of the output.
     """
     try:
-        return _look_once(program, taps, inputs, output_path)
+        return _look_once(program, taps, inputs, output_path, kind)
     except FAILURES:
         if not taps:
             raise
-    found = _look_once(program, (), inputs, output_path)
+    found = _look_once(program, (), inputs, output_path, kind)
     values: dict[TapName, Tensor] = {}
     gradients: dict[TapName, Tensor | None] = {}
     refusals: dict[TapName, str] = {}
     reasons: list[str] = []
     for tap in taps:
         try:
-            one = _look_once(program, [tap], inputs, output_path)
+            one = _look_once(program, [tap], inputs, output_path, kind)
         except FAILURES as error:
             refusals[tap] = message_of(error)
             continue
@@ -81,12 +88,14 @@ def look(program: Program, taps: Sequence[TapName], inputs: Tensor, output_path:
     return dataclasses.replace(found, values=values, gradients=gradients, no_gradient=no_gradient, refusals=refusals)
 
 
-def _look_once(program: Program, taps: Sequence[TapName], inputs: Tensor, output_path: str) -> Seen:
-    capture = program.capture(taps, inputs)
-    scores = find_scores(capture.outputs, output_path)
+def _look_once(
+    program: Program, taps: Sequence[TapName], inputs: Sequence[Tensor], output_path: str, kind: OutputKind
+) -> Seen:
+    capture = program.capture(taps, *inputs)
+    scores = find_scores(capture.outputs, output_path, kind)
     gradients: dict[TapName, Tensor | None] = {}
     no_gradient = ""
-    if taps:
+    if taps and scores.numel():
         try:
             found = torch.autograd.grad(_mixture(scores), list(capture.activations.values()), allow_unused=True)
             gradients = dict(zip(capture.activations, found, strict=True))
@@ -101,23 +110,30 @@ def _look_once(program: Program, taps: Sequence[TapName], inputs: Tensor, output
     )
 
 
-def find_scores(outputs: Any, output_path: str) -> Tensor:
-    """The class scores, or for other kinds of models the first floating tensor they return."""
+def find_scores(outputs: Any, output_path: str, kind: OutputKind) -> Tensor:
+    """What the model's answer is made of: see `Seen.scores`.
+
+    Where a card calls nothing else by name, the first floating tensor stands in for class scores that are not there: the layers
+    of any model can be looked at.
+    """
+    if kind is OutputKind.DETECTION:
+        return torch.cat([answer["scores"] for answer in select_detections(outputs, output_path)])
     try:
-        return select_output(OutputKind.CLASSIFICATION, outputs, output_path)
+        return select_output(kind, outputs, output_path)
     except ExecutionFailed:
         floating = [
             leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()
         ]
-        if output_path or not floating:
+        if kind is not OutputKind.CLASSIFICATION or output_path or not floating:
             raise
         return floating[0]
 
 
 def _mixture(scores: Tensor) -> Tensor:
     """Sums the scores with unlike weights: the plain sum of probabilities is constant and has no gradient."""
-    places = torch.arange(scores[0].numel(), device=scores.device, dtype=scores.dtype)
-    return (scores.flatten(1) * torch.cos(places)).sum()
+    rows = scores.flatten(1) if scores.ndim > 1 else scores[None]
+    places = torch.arange(rows.shape[1], device=scores.device, dtype=scores.dtype)
+    return (rows * torch.cos(places)).sum()
 
 
 def _explain(error: RuntimeError) -> str:

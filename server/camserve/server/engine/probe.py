@@ -17,17 +17,19 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from camserve.server.engine.batches import coupling, make_batch, try_sizes
-from camserve.server.engine.default_layer import best_name, choose_default
+from camserve.server.engine.default_layer import best_name, choose_default, choose_stages
 from camserve.server.engine.head import LinearHead, find_linear_head
 from camserve.server.engine.layout import Layout, channels_first, detect_layout
 from camserve.server.engine.look import FAILURES, Seen, find_scores, look
 from camserve.server.engine.program import Call, Program, TapName
 from camserve.server.engine.stopwatch import Lap
 from camserve.server.errors import CamserveError
+from camserve.server.jobs import OutputKind
 
 __all__ = ["LayerReport", "LinearHead", "ProbeReport", "find_linear_head", "probe"]
 
 _NO_INFLUENCE = "the class scores depend on no layer that can be mapped; an untrained head of zeros does this"
+_NOTHING_FOUND = "the detector found nothing in noise, so that it is not known which layers its scores depend on"
 _TAPS_CHANGE = "tapping every layer moves the class scores in their last bits or more; check maps of single layers"
 
 _Shapes: TypeAlias = Mapping[TapName, tuple[int, ...]]
@@ -42,7 +44,7 @@ class LayerReport:
         spellings: every name that means this place, `name` among them: the bare path is a module's last call.
         shape: of one row, as the model lays it out; empty if it could not be captured.
         layout: how to read it as a map; None if that is unknown.
-        has_gradient: whether the class scores depend on its map at all; None if the program has no derivative.
+        has_gradient: whether the model's scores depend on its map at all; None if the program has no derivative, or no score.
         refusal: why no map can be made here; empty when one can.
     """
 
@@ -61,21 +63,24 @@ class ProbeReport:
     Attributes:
         layers: every call, in order of execution.
         default_layer: where to look when nobody says; empty if no layer will do.
+        stages: the last usable layer of each resolution, in order of execution.
         batch_sizes: those tried that work.
         static_batch: the only size that works, or None if several do.
         rows_independent: a row's output has the same bits whatever its neighbours are.
         max_batch: 1 if rows are not independent, the static size if there is one, None if nothing forbids more.
-        differentiable: gradients reach back from the class scores.
+        differentiable: gradients reach back from the scores.
         differentiable_reason: why they do not, and what to do about it; empty if they do.
         head: the linear head behind average pooling, or None.
         head_layer: the layer it averages; empty without a head.
-        classes: scores of a row; 0 if the output is not (b, classes).
+        classes: channels of the output: classes, values or dimensions; 0 if it has another shape, and for detectors, which do
+            not show theirs.
         warm_up_seconds: what the probe's first forward of each batch size took, all together.
         notes: sentences for the model card.
     """
 
     layers: tuple[LayerReport, ...]
     default_layer: str
+    stages: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     static_batch: int | None
     rows_independent: bool
@@ -95,51 +100,65 @@ class ProbeReport:
 
 
 def probe(
-    program: Program, sample_input: Tensor, *, batch_sizes: Sequence[int] = (1, 2, 3), output_path: str = ""
+    program: Program,
+    sample_input: Tensor,
+    *,
+    extras: Sequence[Tensor] = (),
+    batch_sizes: Sequence[int] = (1, 2, 3),
+    output_path: str = "",
+    output_kind: OutputKind = OutputKind.CLASSIFICATION,
 ) -> ProbeReport:
     """Looks at a program.
 
     Args:
         program: freshly loaded.
         sample_input: (n, c, *space) on the program's device and in its dtype; noise does. More rows are made from these.
+        extras: the same for further inputs; they keep their size when the first is resized.
         batch_sizes: tried, besides n. If none works, usual sizes up to 64 are.
-        output_path: where the class scores are in the output; see `targets.select_output`.
+        output_path: where the scores are in the output; see `readouts.select_output`.
+        output_kind: what they are.
 
     Raises:
-        ExecutionFailed: the program does not run on the sample at any batch size, there is no output at that path, or nothing it
-            returns is floating.
+        ExecutionFailed: the program does not run on the sample at any batch size, there is no output of that kind at that path,
+            or nothing it returns is floating.
     """
+    samples = (sample_input, *extras)
     with Lap(program.device) as lap:
-        runs = try_sizes(program, sample_input, {sample_input.shape[0], *batch_sizes})
+        wanted = {sample_input.shape[0], *batch_sizes}
+        runs = try_sizes(program, samples, wanted, output_kind, output_path)
     sizes = tuple(runs)
     rows = next((size for size in sizes if size > 1), sizes[0])
-    influence = coupling(program, sample_input, rows, runs[rows])
+    influence = coupling(program, samples, rows, runs[rows], output_kind, output_path)
     static_batch = sizes[0] if len(sizes) == 1 else None
 
     calls = program.calls()
     taps = [
         TapName(call.path, call.index, key) for call in calls if not call.refusal for key in call.outputs or (None,)
     ]
-    inputs = make_batch(sample_input, rows)
-    seen = look(program, taps, inputs, output_path)
-    has_changed = not torch.equal(seen.scores, find_scores(runs[rows], output_path))
+    inputs = [make_batch(sample, rows) for sample in samples]
+    seen = look(program, taps, inputs, output_path, output_kind)
+    has_changed = not torch.equal(seen.scores, find_scores(runs[rows], output_path, output_kind))
     layouts, refusals = _read_layouts(program, seen, inputs, min(sizes))
     reaches = {tap: _reaches(seen, tap, layout) for tap, layout in layouts.items()}
 
     has_influence = any(reached is not False for reached in reaches.values())
-    default = choose_default(calls, layouts, reaches if has_influence else {}, seen.values, seen.scores)
+    classes = _channels(seen.scores, output_kind)
+    choice = (calls, layouts, reaches if has_influence else {}, seen.values, classes if seen.scores.ndim > 2 else 0)
+    default = choose_default(*choice)
     head, head_tap = _find_head(program, seen, layouts)
     notes = (
         influence,
         seen.no_gradient,
         "" if has_influence else _NO_INFLUENCE,
         _TAPS_CHANGE if has_changed and not influence else "",
+        "" if seen.scores.numel() else _NOTHING_FOUND,
     )
     if head_tap is not None:
         head_tap = best_name(head_tap, calls, seen.values)
     return ProbeReport(
         layers=tuple(_layer_reports(calls, seen, layouts, reaches, refusals)),
         default_layer=_spellings(default, calls)[0] if default else "",
+        stages=tuple(_spellings(tap, calls)[0] for tap in choose_stages(*choice)),
         batch_sizes=sizes,
         static_batch=static_batch,
         rows_independent=not influence,
@@ -148,21 +167,30 @@ def probe(
         differentiable_reason=seen.no_gradient,
         head=head,
         head_layer=_spellings(head_tap, calls)[0] if head_tap else "",
-        classes=seen.scores.shape[1] if seen.scores.ndim == 2 else 0,
+        classes=0 if output_kind is OutputKind.CLASSIFICATION and seen.scores.ndim != 2 else classes,
         warm_up_seconds=lap.seconds,
         notes=tuple(note for note in notes if note),
     )
 
 
+def _channels(scores: Tensor, kind: OutputKind) -> int:
+    """Classes of what is differentiated, whether or not it has the shape it should; 0 for detections."""
+    if scores.ndim < 2:
+        return 0
+    return scores.shape[-1 if kind is OutputKind.SEQUENCE else 1]
+
+
 def _read_layouts(
-    program: Program, seen: Seen, inputs: Tensor, smallest_batch: int
+    program: Program, seen: Seen, samples: Sequence[Tensor], smallest_batch: int
 ) -> tuple[dict[TapName, Layout], dict[TapName, str]]:
     """Reads the layout of every captured layer; maps first, since their grids tell what token counts stand for."""
+    inputs, *extras = samples
     shapes = {tap: tuple(value.shape) for tap, value in seen.values.items()}
     sequences = {tap for tap, shape in shapes.items() if len(shape) == 3 and inputs.ndim > 3}
     token_counts = _token_counts([shapes[tap] for tap in sequences], inputs.shape[0])
     resized = _resized(inputs[:smallest_batch])
-    elsewhere = _shapes_at(program, list(shapes), resized)
+    others = [resized, *(extra[:smallest_batch] for extra in extras)]
+    elsewhere = _shapes_at(program, list(shapes), others)
     has_cuts = not elsewhere
     layouts: dict[TapName, Layout] = {}
     refusals: dict[TapName, str] = {}
@@ -176,7 +204,7 @@ def _read_layouts(
         is_map = len(shapes[tap]) == inputs.ndim
         if tap in refusals and other is None and has_cuts and is_map:
             # A head of fixed size refuses other inputs, but the layers before it need not.
-            shape, has_cuts = _shape_before_head(program, tap, resized)
+            shape, has_cuts = _shape_before_head(program, tap, others)
             if shape:
                 layouts[tap] = detect_layout(shapes[tap], inputs.shape, other=(shape, resized.shape))
                 del refusals[tap]
@@ -202,18 +230,18 @@ def _resized(inputs: Tensor) -> Tensor:
     return interpolate(inputs, size=sizes) if sizes else inputs
 
 
-def _shapes_at(program: Program, taps: Sequence[TapName], inputs: Tensor) -> _Shapes:
+def _shapes_at(program: Program, taps: Sequence[TapName], inputs: Sequence[Tensor]) -> _Shapes:
     """Shapes at every tap for another input; none if the program does not take it."""
     try:
-        return {tap: tuple(value.shape) for tap, value in program.capture(taps, inputs).activations.items()}
+        return {tap: tuple(value.shape) for tap, value in program.capture(taps, *inputs).activations.items()}
     except FAILURES:
         return {}
 
 
-def _shape_before_head(program: Program, tap: TapName, inputs: Tensor) -> tuple[tuple[int, ...], bool]:
+def _shape_before_head(program: Program, tap: TapName, inputs: Sequence[Tensor]) -> tuple[tuple[int, ...], bool]:
     """Runs only up to a tap; returns its shape, and whether it is worth trying another one."""
     try:
-        activation, _ = program.cut(tap).front(inputs)
+        activation, _ = program.cut(tap).front(*inputs)
     except FAILURES:
         return (), False
     return tuple(activation.shape), True
@@ -221,7 +249,7 @@ def _shape_before_head(program: Program, tap: TapName, inputs: Tensor) -> tuple[
 
 def _reaches(seen: Seen, tap: TapName, layout: Layout) -> bool | None:
     """Whether the scores depend on any cell of the map; prefix tokens do not count."""
-    if seen.no_gradient and tap not in seen.gradients:
+    if tap not in seen.gradients and (seen.no_gradient or not seen.scores.numel()):
         return None
     gradient = seen.gradients.get(tap)
     return gradient is not None and bool(channels_first(gradient, layout).any())
