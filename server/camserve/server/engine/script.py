@@ -112,7 +112,6 @@ class ScriptProgram:
         self._biases: Mapping[TapName, Tensor] | None = None
         self._copies_inputs = self._plain.writes_inputs
         self._cuts: collections.OrderedDict[tuple[bool, Pick], ScriptCut] = collections.OrderedDict()
-        self._verified: set[tuple[int, tuple[Pick, ...]]] = set()
 
     @property
     def kind(self) -> ProgramKind:
@@ -271,12 +270,12 @@ class ScriptProgram:
         ):
             raise _OverwrittenCapture
         uncertain = [pick for pick in wanted if form.places[pick[0]].hazards.uncertain]
-        if uncertain and (id(form), wanted) not in self._verified:
+        if uncertain and wanted not in form.verified:
             with torch.no_grad():
                 expected = self._call(form.plain, self._arranged(inputs))
             if not is_same(outputs, expected):
                 raise Unsupported(Reason.LAYER_UNUSABLE, _SHARED, metadata={"layer": form.places[uncertain[0][0]].path})
-            self._verified.add((id(form), wanted))
+            form.verified.add(wanted)
         return outputs, dict(zip(wanted, values, strict=True))
 
     def _call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:

@@ -34,6 +34,13 @@ class Form:
     Args:
         graph: marked and numbered; never changed afterwards.
         modules: paths of all modules of the archive, to tell a layer that is never called from one that does not exist.
+
+    Attributes:
+        graph: as given.
+        places: its calls, by number.
+        calls: the same, as `Program.calls` lists them.
+        writes_inputs: whether a forward writes into the tensors it is given.
+        verified: picks whose capture was seen to leave the outputs as they are, where that was uncertain.
     """
 
     def __init__(self, graph: graphs.Graph, modules: Collection[str]) -> None:
@@ -42,6 +49,7 @@ class Form:
         self.places: list[Place] = places(graph, memory)
         self.writes_inputs = memory.writes_inputs()
         self.calls, self._at = _numbered(self.places)
+        self.verified: set[tuple[Pick, ...]] = set()
         self._modules = modules
         self._tapped: collections.OrderedDict[tuple[Pick, ...], Callable[..., Any]] = collections.OrderedDict()
 
