@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from camserve.server.engine.eager_attention import watched_attention
 from camserve.server.engine.eager_biases import biases_of_modules
 from camserve.server.engine.eager_relu import gated_modules
 from camserve.server.engine.hooked import HookedProgram
@@ -55,8 +57,12 @@ class EagerProgram(HookedProgram):
         """What each affine layer adds, by class of module. Raises as `Program.biases`, and as `calls`."""
         return biases_of_modules(self._module, self._modules, self.calls())
 
-    def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
-        return gated_modules(self._module, self._modules, rule) if rule in GATES else contextlib.nullcontext()
+    def _under(self, rule: BackwardRule, rows: int) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
+        if rule in GATES:
+            return gated_modules(self._module, self._modules, rule)
+        if rule is BackwardRule.ATTENTION:
+            return watched_attention(rows)
+        return contextlib.nullcontext(())
 
 
 def _code_of(module: nn.Module) -> str:

@@ -26,7 +26,7 @@ _PLACES_IN_A_MESSAGE = 5
 
 
 @contextlib.contextmanager
-def gated_modules(root: nn.Module, modules: Modules, rule: BackwardRule) -> Iterator[None]:
+def gated_modules(root: nn.Module, modules: Modules, rule: BackwardRule) -> Iterator[tuple[Tensor, ...]]:
     """Gates every ReLU module for the forward in the body; afterwards all modules are as they were.
 
     Args:
@@ -46,7 +46,7 @@ def gated_modules(root: nn.Module, modules: Modules, rule: BackwardRule) -> Iter
             if gate is not None:
                 changes.enter_context(forward_replaced(module, watch.gate(gate)))
         changes.enter_context(watch)
-        yield
+        yield ()
     watch.check()
 
 

@@ -11,13 +11,14 @@ import functools
 import importlib
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch.export.passes import move_to_device_pass
 
+from camserve.server.engine.export_attention import watched_nodes
 from camserve.server.engine.export_biases import biases_of_graph
 from camserve.server.engine.export_cut import ExportCut
 from camserve.server.engine.export_flat import Flat, flatten
@@ -94,8 +95,12 @@ class ExportProgram(HookedProgram):
     def _flat(self) -> Flat | None:
         return flatten(self._unflattened)
 
-    def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
-        return gated_nodes(self._module, rule) if rule in GATES else contextlib.nullcontext()
+    def _under(self, rule: BackwardRule, rows: int) -> contextlib.AbstractContextManager[Sequence[torch.Tensor]]:
+        if rule in GATES:
+            return gated_nodes(self._module, rule)
+        if rule is BackwardRule.ATTENTION:
+            return watched_nodes(self._module, rows)
+        return contextlib.nullcontext(())
 
 
 def load_export(

@@ -20,7 +20,7 @@ __all__ = ["gated_nodes"]
 
 
 @contextlib.contextmanager
-def gated_nodes(module: nn.Module, rule: BackwardRule) -> Iterator[None]:
+def gated_nodes(module: nn.Module, rule: BackwardRule) -> Iterator[tuple[Tensor, ...]]:
     """Gates every ReLU node for the forward in the body.
 
     Args:
@@ -43,7 +43,7 @@ def gated_nodes(module: nn.Module, rule: BackwardRule) -> Iterator[None]:
         if not found:
             names = [activation_of(node.target) for node in nodes_of(module)]
             raise without_gates(rule, ProgramKind.EXPORT, [name for name in names if name])
-        yield
+        yield ()
 
 
 def _gated(value: Tensor, *_limits: Any, gate: Gate, rule: BackwardRule, **_options: Any) -> Tensor:

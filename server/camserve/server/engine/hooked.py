@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.hooks import Taps, addresses_of, plain_attention, recorded, tapped
-from camserve.server.engine.program import BackwardRule, Call, Capture, Cut, Digests, ProgramKind, TapName
+from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Capture, Cut, Digests, ProgramKind, TapName
 from camserve.server.engine.rerun import RerunCut
 from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
 
@@ -134,20 +134,33 @@ class HookedProgram(abc.ABC):
         """
         if self._calls is None:
             self.run(*inputs)
-        places = {tap: self._place(tap) for tap in taps}
+        attentions = [tap for tap in taps if tap.path == ATTENTION.path]
+        if attentions and rule is not BackwardRule.ATTENTION:
+            raise Unsupported(
+                Reason.LAYER_UNUSABLE,
+                f"'{attentions[0]}' can be tapped under rule '{BackwardRule.ATTENTION}' only, not under '{rule}'",
+                metadata={"layer": attentions[0], "rule": rule},
+            )
+        places = {tap: self._place(tap) for tap in taps if tap not in attentions}
         hooks = tapped(self._modules, set(places.values()), owned=self._owned)
-        with torch.set_grad_enabled(differentiable), plain_attention(), self._under(rule), hooks as met:
+        under = self._under(rule, len(inputs[0]) if inputs else 0)
+        with torch.set_grad_enabled(differentiable), plain_attention(), under as probabilities, hooks as met:
             outputs = self._module(*_own(inputs))
         self._check_met(places, met)
-        return Capture(outputs=outputs, activations={tap: met.values[place] for tap, place in places.items()})
+        activations = {tap: met.values[place] for tap, place in places.items()}
+        return Capture(outputs=outputs, activations=activations | _named(attentions, probabilities))
 
     @abc.abstractmethod
     def biases(self) -> Mapping[TapName, Tensor]:
         """What each affine layer adds to its output."""
 
     @abc.abstractmethod
-    def _under(self, rule: BackwardRule) -> contextlib.AbstractContextManager[None]:
-        """Makes the forward in its body follow a rule, and refuses at its end where the rule could not be applied."""
+    def _under(self, rule: BackwardRule, rows: int) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
+        """Makes the forward in its body follow a rule, and refuses at its end where the rule could not be applied.
+
+        Returns:
+            A context that gives the attention probabilities, under the rule that asks for them.
+        """
 
     def cut(self, tap: TapName) -> Cut:
         """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""
@@ -224,6 +237,18 @@ class HookedProgram(abc.ABC):
             f"layer '{tap}' does not exist; {hint}known layers: {_listed(sorted(tappable, key=lambda n: n.count('.')))}",
             metadata={"layer": tap},
         )
+
+
+def _named(taps: Sequence[TapName], probabilities: Sequence[Tensor]) -> dict[TapName, Tensor]:
+    """The attention probabilities that the taps ask for: all of them, or those of one call."""
+    found = {}
+    for tap in taps:
+        if tap.output is not None or (tap.call is not None and tap.call >= len(probabilities)):
+            names = _listed([f"{ATTENTION.path}#{call}" for call in range(len(probabilities))])
+            raise NotFound(Reason.LAYER_NOT_FOUND, f"'{tap}' does not exist; known: {names}", metadata={"layer": tap})
+        for call in range(len(probabilities)) if tap.call is None else [tap.call]:
+            found[TapName(ATTENTION.path, call)] = probabilities[call]
+    return found
 
 
 def _own(inputs: Sequence[Tensor]) -> list[Tensor]:
