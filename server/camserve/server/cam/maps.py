@@ -100,7 +100,7 @@ def fuse(
     - PRODUCT, as RefineCAM (arXiv:2605.14641): what all layers agree on. Of rectified maps only. Both libraries normalise before
       they enlarge, and so do their profiles.
     - LAYERCAM (IEEE TIP 30, 2021): the maximum, after layers finer than the coarsest were scaled by tanh(2 M / max M), because
-      shallow layers respond weakly. The torchcam profile scales every layer.
+      shallow layers respond weakly. The torchcam profile scales every layer, min-max normalised, before it enlarges.
 
     A single map is returned as it is.
 
@@ -120,13 +120,14 @@ def fuse(
     finest, coarsest = max(shapes, key=math.prod), min(math.prod(shape) for shape in shapes)
     if fusion is Fusion.PRODUCT and profile is not Profile.PAPER:
         return torch.stack([resize(normalise(values), finest) for values in maps]).prod(dim=0)
+    if fusion is Fusion.LAYERCAM and profile is Profile.TORCHCAM:
+        lifted = [(_LAYERCAM_GAMMA * normalise(values)).tanh() for values in maps]
+        return torch.stack([resize(values, finest) for values in lifted]).amax(dim=0)
     resized = [resize(values, finest) for values in maps]
     if fusion is Fusion.LAYERCAM:
         layers = torch.stack(
             [
-                (_LAYERCAM_GAMMA * _over_peak(values)).tanh()
-                if profile is Profile.TORCHCAM or math.prod(shape) > coarsest
-                else _over_peak(values)
+                (_LAYERCAM_GAMMA * _over_peak(values)).tanh() if math.prod(shape) > coarsest else _over_peak(values)
                 for values, shape in zip(resized, shapes, strict=True)
             ]
         )
