@@ -205,8 +205,24 @@ def masked(question: Question, seen: Witness, *, aligned: bool, before: bool) ->
 def score_cam(question: Question, seen: Witness, *, aligned: bool = False, before: bool = False) -> Array:
     """arXiv:1910.01279, algorithm 1: softmax over channels of the masked scores; a common baseline cancels."""
     scores = score(question, masked(question, seen, aligned=aligned, before=before) * question.image.double())
-    weights = np.exp(scores - scores.max())
-    return _weighted(weights / weights.sum(), seen)
+    return _weighted(_softmax(scores, np.ones(len(scores), dtype=bool)), seen)
+
+
+def _softmax(scores: Array, among: npt.NDArray[np.bool_]) -> Array:
+    weights = np.where(among, np.exp(scores - scores[among].max()), 0)
+    return weights / weights.sum()
+
+
+def varied(seen: Witness) -> npt.NDArray[np.bool_]:
+    """Channels with more than one value: the official code of Score-CAM leaves out the others, which mark nothing (c)."""
+    return np.ptp(seen.activation, axis=(1, 2)) > 0
+
+
+def score_cam_of_varied(question: Question, seen: Witness, coefficients: Sequence[float] = (1.0,)) -> Array:
+    """Score-CAM as its official code has it, and IS-CAM (arXiv:2010.03023) for several coefficients of the masks."""
+    masks = masked(question, seen, aligned=False, before=False) * question.image.double()
+    mean = np.mean([score(question, masks * coefficient) for coefficient in coefficients], axis=0)
+    return _weighted(_softmax(mean, varied(seen)), seen)
 
 
 def input_gradient(question: Question) -> Array:
@@ -282,8 +298,7 @@ def smooth_grad_cam_plus_plus(noisy: Sequence[Witness], clean: Witness, *, shown
 
 
 def integrated_score_cam(question: Question, seen: Witness, coefficients: Array) -> Array:
-    """IS-CAM (arXiv:2010.03023): softmax of the mean score of masked inputs times each coefficient; torchcam's masks."""
+    """IS-CAM with torchcam's masks: softmax over all channels of the mean score of masked inputs times each coefficient."""
     masks = masked(question, seen, aligned=False, before=True) * question.image.double()
     mean = np.mean([score(question, masks * coefficient) for coefficient in coefficients], axis=0)
-    weights = np.exp(mean - mean.max())
-    return _weighted(weights / weights.sum(), seen)
+    return _weighted(_softmax(mean, np.ones(len(mean), dtype=bool)), seen)

@@ -6,6 +6,7 @@ concatenation, a curved head. `CASES` says at which layers they are looked at; a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -92,6 +93,13 @@ class Residual(nn.Module):
         return self.head(torch.tanh(self.hidden(cells)))
 
 
+def loud() -> nn.Module:
+    """`Residual` with scores a thousand times as large: beside them the constants that libraries add are nothing."""
+    net = Residual()
+    net.head.weight.data *= 1000
+    return net
+
+
 def transformer() -> nn.Module:
     """Torchvision's vision transformer, 32 px in patches of 8: a grid of 4 x 4, three blocks, two heads."""
     return torchvision.models.VisionTransformer(
@@ -169,8 +177,19 @@ FLATTENED = Case(network="flattened", factory=Flattened, layers=("features.7",))
 RESIDUAL = Case(network="residual", factory=Residual, layers=("last",))
 # Behind it stands an in-place ReLU, which changes what a library without a copy believes the layer said.
 OVERWRITTEN = Case(network="residual", factory=Residual, layers=("norm",))
+LOUD = Case(network="loud", factory=loud, layers=("last",))
 SEVERAL = Case(network="pooled", factory=Pooled, layers=("features.5", "features.8"))
 TRANSFORMER = Case(network="transformer", factory=transformer, layers=(), side=32)
 
 # After a ReLU before average pooling, before a ReLU (signed), before a head that sees every cell, and with curvature.
 CASES = (POOLED, POOLED_MIDDLE, FLATTENED, RESIDUAL)
+
+
+def flattened() -> nn.Module:
+    """The server's factory of `Flattened`."""
+    return copy.deepcopy(network(Flattened))
+
+
+def transforming() -> nn.Module:
+    """The server's factory of the transformer."""
+    return copy.deepcopy(network(transformer))

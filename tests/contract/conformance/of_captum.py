@@ -54,12 +54,20 @@ def ablation(question: Question) -> Array:
     return np.asarray(drops[:, 0, 0])
 
 
+def ablation_map(question: Question) -> Array:
+    """Those drops over |y|, times the channels: captum leaves the last step to its users."""
+    kept: list[Tensor] = []
+    net = copy.deepcopy(question.net)
+    net.get_submodule(question.layers[0]).register_forward_hook(lambda _m, _i, out: kept.append(out.detach().clone()))
+    score = net(question.image)[0, question.class_index].detach()
+    return np.einsum("k,kij->ij", ablation(question) / float(score.abs()), kept[0][0].numpy())
+
+
 def smoothgrad(question: Question, deviation: float, samples: int) -> Array:
     """NoiseTunnel over gradients, noise from the global generator at seed 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tunnel = functools.partial(_tunnel)
-        return attribution(tunnel, question, nt_type="smoothgrad", nt_samples=samples, stdevs=deviation, abs=False)
+        return attribution(_tunnel, question, nt_type="smoothgrad", nt_samples=samples, stdevs=deviation, abs=False)
 
 
 def _tunnel(net: torch.nn.Module) -> library.NoiseTunnel:

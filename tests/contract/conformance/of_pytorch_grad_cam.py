@@ -17,9 +17,15 @@ import numpy.typing as npt
 import pytorch_grad_cam as library
 from contract.conformance.networks import Question
 from pytorch_grad_cam.feature_factorization.deep_feature_factorization import dff
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
+from pytorch_grad_cam.utils.model_targets import (
+    ClassifierOutputReST,
+    ClassifierOutputSoftmaxTarget,
+    ClassifierOutputTarget,
+    FinerWeightedTarget,
+)
 
 Array = npt.NDArray[Any]
+SOFTMAX, REST = ClassifierOutputSoftmaxTarget, ClassifierOutputReST
 
 
 def raw(kind: Callable[..., Any], question: Question, target: Callable[..., Any] | None = None, **call: Any) -> Array:
@@ -37,6 +43,11 @@ def raw(kind: Callable[..., Any], question: Question, target: Callable[..., Any]
     extractor(question.image.clone(), [target or ClassifierOutputTarget(question.class_index)], **call)
     extractor.activations_and_grads.release()
     return np.asarray(kept[0][0])
+
+
+def of_score(kind: Callable[..., Any], target: Callable[[int], Any], question: Question) -> Array:
+    """The map of another number of the class than its logit."""
+    return raw(kind, question, target(question.class_index))
 
 
 def finished(
