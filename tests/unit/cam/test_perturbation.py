@@ -90,6 +90,15 @@ def test_the_chunk_size_changes_no_map(slug: str, profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("slug", METHODS)
+def test_half_precision_is_widened(slug: str) -> None:
+    """A model in bfloat16 takes inputs in bfloat16 and has a map in float32."""
+    result = map_of(slug, scene_of(slug, model=small_halves(dtype=torch.bfloat16), parameters=QUICK, chunk_rows=64))
+
+    assert torch.float32 is result.dtype
+    assert bool(result.any())
+
+
+@pytest.mark.parametrize("slug", METHODS)
 def test_nan_in_the_scores_shows(slug: str) -> None:
     """A model that answers NaN makes a map with NaN, which is flagged later, and never a plausible one."""
     model = small_halves()
@@ -353,6 +362,17 @@ def test_ablation_cam_of_scores_that_are_all_zero_is_zero(profile: Profile) -> N
         parameter.data.zero_()
 
     assert not bool(map_of("ablation-cam", scene_of("ablation-cam", model=model, profile=profile)).any())
+
+
+def test_ablation_cam_survives_a_model_that_writes_into_its_layer() -> None:
+    """An in-place ReLU right behind the layer spoils no later chunk."""
+    model = small_halves(ends_in_relu=False)
+    expected = map_of(
+        "ablation-cam", scene_of("ablation-cam", model=Halves(model.front, nn.Sequential(nn.ReLU(), model.tail)))
+    )
+    writing = Halves(model.front, nn.Sequential(nn.ReLU(inplace=True), model.tail))
+
+    torch.testing.assert_close(expected, map_of("ablation-cam", scene_of("ablation-cam", model=writing)))
 
 
 def test_ablation_cam_of_a_dead_layer_is_zero() -> None:

@@ -60,6 +60,15 @@ def test_the_chunk_size_changes_no_map(slug: str, profile: Profile) -> None:
 
 
 @pytest.mark.parametrize("slug", METHODS)
+def test_half_precision_is_widened(slug: str) -> None:
+    """A model in bfloat16 takes inputs in bfloat16 and has a map in float32."""
+    result = map_of(slug, scene_of(slug, model=small_halves(dtype=torch.bfloat16)))
+
+    assert torch.float32 is result.dtype
+    assert bool(result.any())
+
+
+@pytest.mark.parametrize("slug", METHODS)
 def test_nan_in_the_gradient_shows(slug: str) -> None:
     """NaN becomes no plausible map."""
     model = small_halves()

@@ -27,10 +27,10 @@ _LIBRARY_BATCH = 32
 def _ablation_cam(scene: Scene) -> Iterator[Step]:
     """Ablation-CAM (WACV 2020, doi:10.1109/WACV45572.2020.9093360): sum_k (y - y_k) / |y| A_k, y_k with channel k set to zero.
 
-    The paper divides by y, which it takes to be positive: a negative y would turn the map's sign, and so would asking for
-    evidence against a class not turn it. Where y vanishes beside what the channels make of it, within float32 rounding, the
-    plain drop y - y_k is the weight: a factor common to all channels, which no normalised map shows. Channels that are zero
-    everywhere have nothing to take away and are not tried. NaN scores make the map NaN. Reads `channels`.
+    The paper divides by y, which it takes to be positive. A negative y would turn the map's sign, and evidence against a class,
+    the same with y negated, would look like evidence for it: hence the magnitude. Where y vanishes beside the drops, within
+    float32 rounding, the plain drop y - y_k is the weight: the same but for a factor that all channels share. Channels that are
+    zero everywhere have nothing to take away and are not tried. NaN scores make the map NaN. Reads `channels`.
     """
     is_alive = (scene.activation[0] != 0).flatten(1).any(dim=1)
     return _ablate(scene, choose_channels(scene, is_alive, method=_METHOD), _set_to_zero, _share)
@@ -75,17 +75,20 @@ def _ablate(
     if not len(channels):
         yield Step(done=1, total=1, best=functools.partial(torch.zeros_like, widen(activation[0, 0])))
         return
+    score = scene.score
     drops = torch.zeros(0, dtype=torch.float64, device=activation.device)
+    # Filled anew for each chunk, since the model may write into what it is given, but allocated once, which takes longer.
+    copies = activation.repeat(min(len(channels), scene.chunk_rows), *[1] * (activation.ndim - 1))
     for chunk in chunks(len(channels), scene.chunk_rows):
-        rows = torch.arange(chunk.start, chunk.stop, device=activation.device)
-        ablated = activation.repeat(len(rows), *[1] * (activation.ndim - 1))
-        space = (1,) * (activation.ndim - 2)
-        ablated[rows - chunk.start, channels[chunk]] = values(rows).reshape(-1, *space).to(ablated.dtype)
-        drops = torch.cat([drops, scene.score - scene.tail_scores(ablated).double()])
+        places = torch.arange(chunk.start, chunk.stop, device=activation.device)
+        ablated = copies[: len(places)].copy_(activation)
+        fill = values(places).to(ablated.dtype).reshape(-1, *[1] * (activation.ndim - 2))
+        ablated[places - chunk.start, channels[chunk]] = fill
+        drops = torch.cat([drops, score - scene.tail_scores(ablated).double()])
         yield Step(
             done=chunk.stop,
             total=len(channels),
-            best=functools.partial(_weighted_sum, activation, channels[: chunk.stop], weigh(drops, scene.score)),
+            best=functools.partial(_weighted_sum, activation, channels[: chunk.stop], weigh(drops, score)),
         )
 
 

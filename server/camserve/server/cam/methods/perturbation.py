@@ -96,7 +96,7 @@ PERTURBATION: tuple[Method, ...] = (
         paper="Tursun et al., SESS, arXiv:2207.01769: Grad-CAMs of sliding parts at 12 scales, weighed by the parts' scores",
         family=Family.PERTURBATION,
         work=WorkClass.AMPLIFIED,
-        cost="one forward and one gradient a part, usually 146 parts",
+        cost="one forward and one gradient a part, usually 122 parts",
         arithmetic=SESS,
         needs=_GRADIENT,
         rectifies=True,
@@ -118,7 +118,7 @@ PERTURBATION: tuple[Method, ...] = (
     Method(
         slug="rise",
         title="RISE",
-        paper="Petsiuk et al., RISE, arXiv:1806.07421, equation 6: 1 / (n p) sum_i y(x * M_i) M_i over random masks",
+        paper="Petsiuk et al., RISE, arXiv:1806.07421: 1 / (n p) sum_i y(x * M_i) M_i over random masks",
         family=Family.PERTURBATION,
         work=WorkClass.AMPLIFIED,
         cost="one forward a mask, usually 1000",

@@ -182,7 +182,7 @@ def _summed_coefficient(step: int, count: int) -> float:
 
 
 def _group_cam(scene: Scene) -> Iterator[Step]:
-    """Group-CAM (arXiv:2103.13859, equations 3 to 8): sum_l (y(x * M_l + blurred x * (1 - M_l)) - y(blurred x)) M_l.
+    """Group-CAM (arXiv:2103.13859): sum_l (y(x * M_l + blurred x * (1 - M_l)) - y(blurred x)) M_l.
 
     The channels, in their order, make 32 groups; M_l = ReLU(sum over the group of mean(g_k) A_k), with cells up to its 70th
     percentile set to 0, enlarged to the input and min-max normalised. Groups whose mask has one value everywhere are left out.

@@ -65,11 +65,12 @@ def _occlusion(scene: Scene) -> Iterator[Step]:
     windows = [min(window, size) for size in shape]
     starts = window_starts(shape, windows, [stride] * len(shape), stays_inside=False)
     starts = starts[spread(len(starts))].to(inputs.device)
+    score = scene.score
     heat = torch.zeros(shape, dtype=torch.float64, device=inputs.device)
     covers = torch.zeros_like(heat)
     for chunk in chunks(len(starts), scene.chunk_rows):
         inside = window_masks(starts[chunk], windows, shape)
-        drops = scene.score - scene.scores(torch.where(inside, torch.zeros_like(inputs[:1]), inputs)).double()
+        drops = score - scene.scores(torch.where(inside, torch.zeros_like(inputs[:1]), inputs)).double()
         patches = inside[:, 0].double()
         heat = heat + torch.tensordot(drops, patches, dims=1)
         covers = covers + patches.sum(dim=0)
@@ -100,7 +101,7 @@ def _mean_cover(heat: Float[Tensor, "*input"], covers: Float[Tensor, "*input"]) 
 
 
 def _rise(scene: Scene) -> Iterator[Step]:
-    """RISE (Petsiuk et al., arXiv:1806.07421, equation 6): 1 / (n p) sum_i y(x * M_i) M_i, over n random masks.
+    """RISE (Petsiuk et al., arXiv:1806.07421): 1 / (n p) sum_i y(x * M_i) M_i, over n random masks.
 
     A mask is a grid of 8 cells a side, each kept with probability p = 1/2, enlarged and shifted at random; n is `samples` (1000,
     where the paper takes 4000 to 8000), the numbers come from `seed`. The score is the target's; the paper takes the softmax. A
