@@ -546,12 +546,13 @@ def test_further_inputs_are_passed_on() -> None:
     ("name", "stages"),
     [
         ("resnet18", ("relu", "layer1", "layer2", "layer3", "layer4")),
-        ("vgg11", ("features.1", "features.4", "features.9", "features.14", "features.19", "features.20")),
+        ("resnet50", ("relu", "layer1", "layer2", "layer3", "layer4")),
+        ("mobilenet_v3_small", ("features.0.2", "features.1", "features.3", "features.8", "features.12")),
     ],
 )
-def test_stages_are_the_last_layers_of_each_resolution(name: str, stages: tuple[str, ...]) -> None:
+def test_stages_are_the_last_blocks_of_each_resolution(name: str, stages: tuple[str, ...]) -> None:
     """Shallowest first, and the default among them; cells that were averaged away are none."""
-    report = eager(torchvision.models.get_model(name, weights=None), (1, 3, 224, 224))
+    report = eager(torchvision.models.get_model(name, weights=None), (1, 3, 64, 64))
 
     assert stages == report.stages
     assert report.default_layer in stages

@@ -37,7 +37,12 @@ def choose_default(
         dense_channels: of an output that is dense itself; a layer with as many explains nothing. 0 for other outputs.
     """
     candidates = _candidates(layouts, reaches, dense_channels)
-    return _last(candidates, calls, layouts, values)
+    containers = _containers(calls)
+    blocks = [tap for tap in candidates if tap.path in containers]
+    for tap in reversed(candidates):
+        if layouts[tap].kind is not LayoutKind.TOKENS or not blocks or tap in blocks:
+            return best_name(tap, calls, values)
+    return None
 
 
 def choose_stages(
@@ -47,7 +52,11 @@ def choose_stages(
     values: Mapping[TapName, Tensor],
     dense_channels: int = 0,
 ) -> list[TapName]:
-    """Picks the last layer of each resolution by the same rule, in order of execution: a sweep from fine and shallow to deep.
+    """Picks a layer for each resolution, in order of execution: a sweep from fine and shallow to coarse and deep.
+
+    That is the default where it has the resolution, else the last of the outermost containers that have it: many a block begins
+    with a convolution that still has its predecessor's, and `layer1` says more than `layer2.0.relu#0`. Without containers it is
+    the last layer.
 
     Args:
         calls: in order of execution.
@@ -56,13 +65,21 @@ def choose_stages(
         values: activations.
         dense_channels: as for `choose_default`.
     """
-    candidates = _candidates(layouts, reaches, dense_channels)
+    default = choose_default(calls, layouts, reaches, values, dense_channels)
+    containers = _containers(calls)
     of_grid: dict[tuple[int, ...], list[TapName]] = {}
-    for tap in candidates:
+    for tap in _candidates(layouts, reaches, dense_channels):
         of_grid.setdefault(layouts[tap].grid, []).append(tap)
-    last = [_last(taps, calls, layouts, values) for taps in of_grid.values()]
+    stages = []
+    for grid, taps in of_grid.items():
+        if default is not None and layouts[default].grid == grid:
+            stages.append(default)
+            continue
+        depths = {tap: tap.path.count(".") for tap in taps if tap.path in containers}
+        outermost = [tap for tap, depth in depths.items() if depth == min(depths.values())]
+        stages.append(best_name((outermost or taps)[-1], calls, values))
     order = list(layouts)
-    return sorted((tap for tap in last if tap is not None), key=order.index)
+    return sorted(stages, key=order.index)
 
 
 def _candidates(
@@ -73,21 +90,6 @@ def _candidates(
         for tap, layout in layouts.items()
         if math.prod(layout.grid) > 1 and reaches.get(tap) is not False and layout.channels != dense_channels
     ]
-
-
-def _last(
-    candidates: Sequence[TapName],
-    calls: Sequence[Call],
-    layouts: Mapping[TapName, Layout],
-    values: Mapping[TapName, Tensor],
-) -> TapName | None:
-    """The last one; among a transformer's the last whole block."""
-    containers = _containers(calls)
-    blocks = [tap for tap in candidates if tap.path in containers]
-    for tap in reversed(candidates):
-        if layouts[tap].kind is not LayoutKind.TOKENS or not blocks or tap in blocks:
-            return best_name(tap, calls, values)
-    return None
 
 
 def best_name(tap: TapName, calls: Sequence[Call], values: Mapping[TapName, Tensor]) -> TapName:

@@ -63,7 +63,7 @@ class ProbeReport:
     Attributes:
         layers: every call, in order of execution.
         default_layer: where to look when nobody says; empty if no layer will do.
-        stages: the last usable layer of each resolution, in order of execution.
+        stages: a layer for each resolution, in order of execution, the default among them.
         batch_sizes: those tried that work.
         static_batch: the only size that works, or None if several do.
         rows_independent: a row's output has the same bits whatever its neighbours are.
