@@ -168,7 +168,7 @@ class Adds(nn.Module):
         ),
         pytest.param(
             Adds,
-            r"the model itself \(Adds\) has tensors of its own \(place\)",
+            r"the model itself \(Adds\) uses tensors of its own \(place\)",
             r"aten\.add\.Tensor in the model itself brings in 'place'",
             id="parameter",
         ),
@@ -190,19 +190,39 @@ def test_what_cannot_be_told_is_refused(make: Callable[[], nn.Module], eager_say
         exported(make().eval(), inputs).biases()
 
 
-def test_a_convolution_inside_other_code_is_refused_in_an_export() -> None:
-    """Nothing that can be tapped returns its result."""
+class Inside(nn.Module):
+    """Uses a layer's parameters without calling the layer, and has a layer that it does not use at all."""
 
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.unused = nn.Conv2d(3, 4, 1)
+        self.scale = nn.Parameter(torch.ones(()))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return functional.relu(functional.conv2d(x, self.conv.weight, self.conv.bias))
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, h, w) to (b, 4, h, w)."""
+        return functional.relu(functional.conv2d(x, self.conv.weight.to(self.scale.dtype), self.conv.bias))
+
+
+def test_a_layer_that_is_used_without_being_called_is_refused() -> None:
+    """Nothing that can be tapped returns its result; layers and parameters that are not used do not matter."""
+    inputs = torch.randn(2, 3, 8, 8)
 
     with pytest.raises(Unsupported, match=r"aten\.conv2d\.default in the model itself is called as a function"):
-        exported(Inside().eval(), torch.randn(2, 3, 8, 8)).biases()
+        exported(Inside().eval(), inputs).biases()
+    with pytest.raises(
+        Unsupported, match=r"layer 'conv' \(Conv2d\) is never called, but others use its tensors \(weight, bias\)"
+    ):
+        eager(Inside().eval(), inputs).biases()
+
+
+def test_a_normalised_weight_does_not_matter() -> None:
+    """Weights that are computed leave the bias what it is."""
+    network = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU())
+
+    (bias,) = eager(network, torch.randn(2, 3, 8, 8)).biases().values()
+
+    assert torch.equal(network[0].bias, bias)
 
 
 def test_an_overridden_forward_is_not_trusted() -> None:

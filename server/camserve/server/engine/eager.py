@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve.server.engine.eager_attention import watched_attention
-from camserve.server.engine.eager_biases import biases_of_modules
+from camserve.server.engine.eager_biases import UsedTensors, biases_of_modules
 from camserve.server.engine.eager_relu import gated_modules
 from camserve.server.engine.hooked import HookedProgram
 from camserve.server.engine.hooked_relu import GATES
@@ -40,6 +40,7 @@ class EagerProgram(HookedProgram):
     """
 
     def __init__(self, module: nn.Module, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        self._used = UsedTensors()
         paths = [(path, child) for path, child in module.named_modules() if path]
         first = {id(child): path for path, child in paths}
         everything = ((path, first.get(id(child), "")) for path, child in module.named_modules(remove_duplicate=False))
@@ -55,7 +56,10 @@ class EagerProgram(HookedProgram):
 
     def biases(self) -> dict[TapName, Tensor]:
         """What each affine layer adds, by class of module. Raises as `Program.biases`, and as `calls`."""
-        return biases_of_modules(self._module, self._modules, self.calls())
+        return biases_of_modules(self._module, self._modules, self.calls(), self._used.addresses)
+
+    def _watching_first_run(self) -> contextlib.AbstractContextManager[object]:
+        return self._used
 
     def _under(self, rule: BackwardRule, rows: int) -> contextlib.AbstractContextManager[Sequence[Tensor]]:
         if rule in GATES:

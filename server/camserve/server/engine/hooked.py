@@ -107,10 +107,14 @@ class HookedProgram(abc.ABC):
         with torch.no_grad(), plain_attention():
             if self._calls is not None:
                 return self._module(*_own(inputs))
-            with recorded(self._modules) as calls:
+            with recorded(self._modules) as calls, self._watching_first_run():
                 outputs = self._module(*_own(inputs))
         self._calls = tuple(calls)
         return outputs
+
+    def _watching_first_run(self) -> contextlib.AbstractContextManager[object]:
+        """What else is to be seen in the one forward that lists the calls."""
+        return contextlib.nullcontext()
 
     def capture(
         self,
