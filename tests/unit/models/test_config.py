@@ -193,20 +193,20 @@ def test_phrases_are_read_in_order(tmp_path):
     save_file({"a scratch": np.array([0.0, 2.0]), "a dent": np.array([1.0, 0.5], np.float16)}, path)
 
     assert {"a dent": [1.0, 0.5], "a scratch": [0.0, 2.0]} == {
-        phrase: vector.tolist() for phrase, vector in read_phrases(path).items()
+        phrase: vector.tolist() for phrase, vector in read_phrases(path, 2).items()
     }
-    assert ["a dent", "a scratch"] == list(read_phrases(path))
-    assert {np.dtype(np.float32)} == {vector.dtype for vector in read_phrases(path).values()}
+    assert ["a dent", "a scratch"] == list(read_phrases(path, 2))
+    assert {np.dtype(np.float32)} == {vector.dtype for vector in read_phrases(path, 2).values()}
 
 
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
         ({}, "no phrase"),
-        ({"a": np.zeros(2)}, "'a' has shape"),
-        ({"a": np.ones((1, 2))}, "'a' has shape"),
-        ({"a": np.ones(2), "b": np.ones(3)}, "'b' has shape"),
-        ({"a": np.array([1.0, np.nan])}, "'a' has shape"),
+        ({"a": np.zeros(2)}, "'a' is a tensor of shape"),
+        ({"a": np.ones((1, 2))}, "'a' is a tensor of shape"),
+        ({"a": np.ones(2), "b": np.ones(3)}, "'b' is a tensor of shape"),
+        ({"a": np.array([1.0, np.nan])}, "'a' is a tensor of shape"),
     ],
 )
 def test_phrases_that_cannot_be_compared_are_refused(tmp_path, vectors, message):
@@ -215,7 +215,7 @@ def test_phrases_that_cannot_be_compared_are_refused(tmp_path, vectors, message)
     save_file(vectors, path)
 
     with pytest.raises(ValueError, match=message):
-        read_phrases(path)
+        read_phrases(path, 2)
 
 
 def test_a_file_that_holds_no_tensors_is_refused(tmp_path):
@@ -224,6 +224,13 @@ def test_a_file_that_holds_no_tensors_is_refused(tmp_path):
     path.write_text("a dent", encoding="utf-8")
 
     with pytest.raises(ValueError, match=r"cannot read the phrases in .*safetensors"):
-        read_phrases(path)
+        read_phrases(path, 2)
     with pytest.raises(ValueError, match=r"cannot read the phrases in .*absent"):
-        read_phrases(tmp_path / "absent")
+        read_phrases(tmp_path / "absent", 2)
+
+
+def test_phrases_lie_beside_the_card(card, tmp_path):
+    """Wherever the server was started."""
+    config = read_config(card('[output]\nkind = "embedding"\nphrases = "p.safetensors"'))
+
+    assert str(tmp_path / "p.safetensors") == config.output.phrases

@@ -135,7 +135,7 @@ class ModelConfig(BaseModel):
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads and checks a `model.toml`.
+    """Reads and checks a `model.toml`; files named in it are taken from beside it.
 
     Raises:
         ValueError: not TOML, or a field is unknown or wrong; the text names file and field.
@@ -151,6 +151,9 @@ def read_config(path: Path) -> ModelConfig:
         config.recipe()
     except ValueError as error:
         raise ValueError(f"{path}: input: {error}") from error
+    if config.output.phrases:
+        phrases = str(path.parent / config.output.phrases)
+        config = config.model_copy(update={"output": config.output.model_copy(update={"phrases": phrases})})
     if config.labels_file:
         if config.labels:
             raise ValueError(f"{path}: labels and labels_file are both given; keep one")
@@ -174,11 +177,15 @@ def read_labels(path: Path) -> tuple[str, ...]:
     return labels
 
 
-def read_phrases(path: Path) -> Mapping[str, FloatArray]:
+def read_phrases(path: Path, dimensions: int) -> Mapping[str, FloatArray]:
     """Reads a safetensors file of embeddings by phrase, in order of phrase.
 
+    Args:
+        path: of the file.
+        dimensions: of the model's embedding.
+
     Raises:
-        ValueError: it cannot be read, holds no phrase, or a value is not one finite vector, not zero, as long as the others.
+        ValueError: it cannot be read, holds no phrase, or a value is not one finite vector of these dimensions, or is zero.
     """
     try:
         found = {phrase: values.astype(np.float32) for phrase, values in sorted(load_file(path).items())}
@@ -188,11 +195,10 @@ def read_phrases(path: Path) -> Mapping[str, FloatArray]:
         ) from error
     if not found:
         raise ValueError(f"{path}: it holds no phrase; save a vector for each, by its text")
-    shape = next(iter(found.values())).shape
     for phrase, values in found.items():
-        if values.ndim != 1 or values.shape != shape or not np.isfinite(values).all() or not values.any():
+        if values.shape != (dimensions,) or not np.isfinite(values).all() or not values.any():
             raise ValueError(
-                f"{path}: phrase {phrase!r} has shape {values.shape}; each is one finite vector, not zero, of {shape[-1:]} "
-                "components like the others"
+                f"{path}: phrase {phrase!r} is a tensor of shape {values.shape}; each must be one finite vector, not zero, "
+                f"of the {dimensions} dimensions of the model's embedding"
             )
     return found
