@@ -302,3 +302,11 @@ def integrated_score_cam(question: Question, seen: Witness, coefficients: Array)
     masks = masked(question, seen, aligned=False, before=True) * question.image.double()
     mean = np.mean([score(question, masks * coefficient) for coefficient in coefficients], axis=0)
     return _weighted(_softmax(mean, np.ones(len(mean), dtype=bool)), seen)
+
+
+def smooth_grad_cam_plus_plus_averaged(noisy: Sequence[Witness], clean: Witness) -> Array:
+    """arXiv:1908.01224: Grad-CAM++ with g, g^2 and g^3 averaged over noisy copies, on the clean input's A."""
+    mean, squared, cubed = (np.mean([seen.gradient**power for seen in noisy], axis=0) for power in (1, 2, 3))
+    denominator = 2 * squared + clean.activation.sum(axis=(1, 2), keepdims=True) * cubed
+    alpha = np.divide(squared, denominator, out=np.zeros_like(squared), where=squared != 0)
+    return _weighted((alpha * np.maximum(mean, 0)).sum(axis=(1, 2)), clean)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -82,7 +83,10 @@ def concepts(question: Question, count: int) -> tuple[Array, Array]:
     net, kept = copy.deepcopy(question.net), []
     net.get_submodule(question.layers[0]).register_forward_hook(lambda _m, _i, out: kept.append(out.detach().clone()))
     net(question.image)
-    found, maps = dff(kept[0].numpy(), n_components=count)
+    with warnings.catch_warnings():
+        # scikit-learn says that 200 iterations were not enough, which nobody can change from outside.
+        warnings.simplefilter("ignore")
+        found, maps = dff(kept[0].numpy(), n_components=count)
     return np.asarray(found), np.asarray(maps[0])
 
 

@@ -70,3 +70,22 @@ RAW: Mapping[str, Callable[[Question], Array]] = {
     "legrad": functools.partial(raw, library.LeGrad),
     "refine-cam": functools.partial(raw, library.RefineCAM),
 }
+
+
+def legrad_of_the_models_score(question: Question) -> Array:
+    """LeGrad with what lies behind each layer as that layer's projection, so that every layer's score is the model's own."""
+    names = [name for name, _ in question.net.named_modules() if name.rpartition(".")[0] == "encoder.layers"]
+    layers = []
+    for index in range(len(names)):
+
+        def projected(tokens: torch.Tensor, index: int = index) -> torch.Tensor:
+            for name in names[index + 1 :]:
+                tokens = question.net.get_submodule(name)(tokens)
+            encoder: Any = question.net.get_submodule("encoder")
+            return question.net.get_submodule("heads")(encoder.ln(tokens)[:, 0])
+
+        net = copy.deepcopy(question.net)
+        with library.LeGrad(net, names[index], score_projection=projected) as extractor:
+            net(question.image)
+            layers.append(extractor(question.class_index, normalized=False)[0][0].detach().numpy())
+    return np.mean(layers, axis=0)
