@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2
 from support.cards import LABELS, card, job, spec
 
+from camserve.client import words as client_words
 from camserve.server import jobs
 from camserve.server.cam.methods import METHODS, Reads
 from camserve.server.errors import (
@@ -142,6 +143,20 @@ def test_every_word_of_ours_can_be_sent():
     for ours in OURS:
         assert set(ours) == set(TABLES[ours.__name__].values())
     assert METHODS.keys() <= set(words.METHODS.values())
+
+
+def test_the_client_says_the_same_words():
+    """It has its own tables, because it shares nothing with the server but the contract; what it prints can be asked for here."""
+    tables = {
+        "Method": client_words.METHODS, "Profile": client_words.PROFILES, "Fusion": client_words.FUSIONS,
+        "Score": client_words.SCORES, "Polarity": client_words.POLARITIES, "Saliency": client_words.SALIENCIES,
+        "MapSize": client_words.SIZES, "Encoding": client_words.ENCODINGS, "Normalisation": client_words.NORMALISATIONS,
+        "Lane": client_words.LANES, "MapFlag": client_words.FLAGS, "OutputKind": client_words.OUTPUT_KINDS,
+        "ProgramKind": client_words.PROGRAM_KINDS,
+    }  # fmt: skip
+    for name, vocabulary in tables.items():
+        for number, word in TABLES[name].items():
+            assert number == 0 or str(word) == vocabulary.word(number)
 
 
 def test_two_numbers_for_one_word_answer_with_the_one_said_aloud():

@@ -11,7 +11,8 @@ result.heatmaps[0].save_overlay("why.png")
 from __future__ import annotations
 
 from camserve.client.async_client import AsyncClient
-from camserve.client.cards import InputInfo, LayerInfo, MethodInfo, ModelCard, ModelStatus
+from camserve.client.boxes import Box, Detection, HeatRegion
+from camserve.client.cards import ExtraInputInfo, InputInfo, LayerInfo, MethodInfo, ModelCard, ModelStatus
 from camserve.client.channels import Tls
 from camserve.client.errors import (
     CamserveError,
@@ -30,12 +31,24 @@ from camserve.client.errors import (
     Unimplemented,
 )
 from camserve.client.geometry import Geometry
-from camserve.client.heatmaps import Heatmap, ResolvedTarget
+from camserve.client.heatmaps import Heatmap
 from camserve.client.inputs import TensorInput
-from camserve.client.requests import Box
+from camserve.client.resolved import ResolvedTarget
 from camserve.client.results import ClassScore, Event, Prediction, Result, SpecError, Summary, Timings
-from camserve.client.specs import Above, Kth, Spec, TopK
+from camserve.client.specs import Spec
 from camserve.client.sync_client import Client
+from camserve.client.targets import (
+    Above,
+    DetectionBox,
+    Difference,
+    Embedding,
+    Kth,
+    Phrase,
+    Region,
+    Similar,
+    Steps,
+    TopK,
+)
 
 __all__ = [
     "Above",
@@ -48,10 +61,16 @@ __all__ = [
     "CorruptPayload",
     "DeadlineExceeded",
     "Denied",
+    "Detection",
+    "DetectionBox",
+    "Difference",
+    "Embedding",
     "Event",
+    "ExtraInputInfo",
     "FailedPrecondition",
     "FieldViolation",
     "Geometry",
+    "HeatRegion",
     "Heatmap",
     "InputInfo",
     "Internal",
@@ -64,11 +83,15 @@ __all__ = [
     "ModelStatus",
     "NotFound",
     "Overloaded",
+    "Phrase",
     "Prediction",
+    "Region",
     "ResolvedTarget",
     "Result",
+    "Similar",
     "Spec",
     "SpecError",
+    "Steps",
     "Summary",
     "TensorInput",
     "Timings",

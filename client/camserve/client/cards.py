@@ -87,6 +87,21 @@ class InputInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExtraInputInfo:
+    """An input that a request must send besides the first.
+
+    Attributes:
+        name: what to call it in `extra_inputs`.
+        shape: of one row.
+        dtype: such as "float32".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What is known about a loaded model.
 
@@ -110,6 +125,11 @@ class ModelCard:
         rows_independent: whether rows of one batch were seen not to influence each other.
         warm_up_seconds: what warming up took.
         notes: what to know about it, such as "random weights".
+        output_kind: what it returns: "classification", "multi-label", "regression", "embedding", "segmentation", "sequence" or
+            "detection"; empty when the server does not say.
+        stages: the last layer of each resolution that gives a map, shallowest first.
+        phrases: those that a `Phrase` may ask about.
+        extra_inputs: what a request must send besides the first input.
     """
 
     name: str
@@ -131,6 +151,10 @@ class ModelCard:
     rows_independent: bool
     warm_up_seconds: float
     notes: tuple[str, ...]
+    output_kind: str
+    stages: tuple[str, ...]
+    phrases: tuple[str, ...]
+    extra_inputs: tuple[ExtraInputInfo, ...]
 
 
 def status_from_proto(message: model_service_pb2.ModelStatus) -> ModelStatus:
@@ -185,4 +209,11 @@ def card_from_proto(message: model_service_pb2.ModelCard) -> ModelCard:
         rows_independent=message.rows_independent,
         warm_up_seconds=seconds(message.warm_up),
         notes=tuple(message.notes),
+        output_kind=words.OUTPUT_KINDS.word(message.output_kind),
+        stages=tuple(message.stages),
+        phrases=tuple(message.phrases),
+        extra_inputs=tuple(
+            ExtraInputInfo(name=extra.name, shape=tuple(extra.shape), dtype=extra.dtype)
+            for extra in message.extra_inputs
+        ),
     )

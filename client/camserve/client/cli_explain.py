@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ import click
 import numpy as np
 
 from camserve.client import words
+from camserve.client.boxes import Box
 from camserve.client.cli_models import server_option, told_briefly
+from camserve.client.cli_specs import BOX, spec_options, specs
 from camserve.client.errors import CamserveError
 from camserve.client.files import STDIN, ImageFile, find_images
 from camserve.client.heatmaps import Heatmap
-from camserve.client.inputs import AnyInput
+from camserve.client.inputs import AnyInput, TensorInput
+from camserve.client.requests import SharedOptions
 from camserve.client.results import Result
-from camserve.client.specs import Spec, Target, TopK
 from camserve.client.sync_client import Client
 
 _EXAMPLES = """
@@ -35,6 +37,14 @@ Examples:
   camserve explain part.png --layer layer2 --layer layer3      both fused into one map
   camserve explain part.png --target scratch                   why this class?
   camserve explain part.png --top-k 3 --out maps               one map for each of 3 classes
+  camserve explain part.png --target scratch --against good    why this class rather than that?
+  camserve explain part.png --polarity against --score rest    what speaks against the prediction?
+  camserve explain part.png --sweep --out maps                 what each stage of the model looks at
+  camserve explain part.png --regions 0.5 | jq .heatmaps[].regions
+  camserve explain part.png -m rise --samples 500 --seed 7 --allow-partial --lane bulk
+  camserve explain part.png -m smoothgrad --saliency gray --out maps
+  camserve explain road.jpg --model seg --point 320,200        why this class, here?
+  camserve explain road.jpg --model detector --box 40,60,120,90
   cat part.png | camserve explain - | jq .prediction
 """
 
@@ -44,16 +54,24 @@ Examples:
 @server_option
 @click.option("--model", help="Name of the model; may be left out when the server has only one.")
 @click.option("--version", "model_version", help="Version of the model; without it the newest that is ready.")
+@spec_options
 @click.option(
-    "-m", "--method", "methods", multiple=True, default=("grad-cam",), show_default=True, help="Method; repeatable."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for overlays: NAME.METHOD[.LAYER][.RANK].png.",
 )
-@click.option("--layer", "layers", multiple=True, help="Layer; several are fused.  [default: the model card's]")
-@click.option("--target", help="Class label, or class index if a number; without it the predicted class.")
-@click.option("--top-k", type=click.IntRange(min=1), help="One map for each of this many best classes.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for overlays: NAME.METHOD[.RANK].png."
+    "--raw", is_flag=True, help="Also write each map's values as NAME.METHOD[.LAYER][.RANK].npy; needs --out."
 )
-@click.option("--raw", is_flag=True, help="Also write each map's values as NAME.METHOD[.RANK].npy; needs --out.")
+@click.option("--roi", type=BOX, help="The part of each image to look at.")
+@click.option("--lane", type=click.Choice(words.LANES.words), help="How urgent it is.")
+@click.option(
+    "--extra",
+    "extras",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="Further input of the model, an array; repeatable.",
+)
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True, help="Requests under way.")
 @click.option(
     "--timeout",
@@ -77,21 +95,27 @@ def explain(
     """
     if raw and out is None:
         raise click.UsageError("--raw needs a folder: add --out DIR")
-    specs = _specs(options["methods"], options["layers"], options["target"], options["top_k"], raw=raw)
+    specs(options, None, raw=raw)  # Wrong words are told before the server is asked for the card.
+    shared = _shared(options)
     files = find_images(images, excluded=out)
     if not files:
         raise click.UsageError(f"no images in {', '.join(images)}")
     with told_briefly(server), Client(server, timeout=options["timeout"]) as client:
         name = model or _only_model(client)
-        client.model(name, options["model_version"])  # Says once, and not for each image, that there is no such model.
-        version = {"version": options["model_version"]} if options["model_version"] else {}
+        # Also says once, and not for each image, that there is no such model.
+        card = client.model(name, options["model_version"])
         results = client.explain_many(
-            map(_read, files), model=name, specs=specs, concurrency=options["concurrency"], on_error="return", **version
+            map(_read, files),
+            model=name,
+            specs=specs(options, card, raw=raw),
+            concurrency=options["concurrency"],
+            on_error="return",
+            **shared,
         )
         has_failed = False
         with contextlib.closing(results), _progress(len(files)) as advance:
             for file, result in zip(files, results, strict=True):
-                record = _record(file, result, _writer(file, out, raw=raw) if out else None)
+                record = _record(file, result, _writer(file, out, raw=raw, is_swept=options["sweep"]) if out else None)
                 click.echo(json.dumps(record, ensure_ascii=False))
                 has_failed = has_failed or "error" in record or bool(record["errors"])
                 advance()
@@ -99,21 +123,26 @@ def explain(
         raise click.exceptions.Exit(1)
 
 
-def _specs(
-    methods: Iterable[str], layers: Sequence[str], target: str | None, top_k: int | None, *, raw: bool
-) -> list[Spec]:
-    """Returns one spec for each method; wrong words are usage errors."""
-    if target is not None and top_k is not None:
-        raise click.UsageError("--target and --top-k contradict each other: give one")
-    about: Target = TopK(top_k) if top_k is not None else int(target) if target and target.isdecimal() else target
-    # A map that is written down should be exact; one that is only looked at may be small.
-    encoding = "float32" if raw else None
+def _shared(options: Mapping[str, Any]) -> SharedOptions:
+    """Returns what holds for all images, without what was left out."""
+    shared = SharedOptions()
+    if options["model_version"]:
+        shared["version"] = options["model_version"]
+    if options["lane"]:
+        shared["lane"] = options["lane"]
+    if options["roi"]:
+        shared["region_of_interest"] = Box(*options["roi"])
+    if options["extras"]:
+        shared["extra_inputs"] = dict(map(_extra, options["extras"]))
+    return shared
+
+
+def _extra(text: str) -> tuple[str, TensorInput]:
+    name, _, path = text.partition("=")
     try:
-        specs = [Spec(method, layers=layers, target=about, encoding=encoding) for method in methods]
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    # The same method twice would write the same file twice.
-    return list({words.METHODS.name(spec.method): spec for spec in specs}.values())
+        return name, TensorInput(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"--extra {text}: give NAME=FILE.npy with an array in the file ({error})") from error
 
 
 def _only_model(client: Client) -> str:
@@ -129,12 +158,13 @@ def _read(file: ImageFile) -> AnyInput:
     return sys.stdin.buffer.read() if file.path == STDIN else file.path
 
 
-def _writer(file: ImageFile, out: Path, *, raw: bool) -> Callable[[Heatmap], dict[str, str]]:
+def _writer(file: ImageFile, out: Path, *, raw: bool, is_swept: bool) -> Callable[[Heatmap], dict[str, str]]:
     """Returns what writes one map's files and tells their names."""
 
     def write(heatmap: Heatmap) -> dict[str, str]:
         rank = f".{heatmap.target_index + 1}" if heatmap.target_count > 1 else ""
-        base = out / file.stem.parent / f"{file.stem.name}.{heatmap.method}{rank}"
+        stage = f".{heatmap.layers[0]}" if is_swept and heatmap.layers else ""
+        base = out / file.stem.parent / f"{file.stem.name}.{heatmap.method}{stage}{rank}"
         base.parent.mkdir(parents=True, exist_ok=True)
         written = {"overlay": str(heatmap.save_overlay(f"{base}.png"))}
         if raw:
@@ -168,6 +198,8 @@ def _record(
                 "flags": sorted(heatmap.flags),
                 "raw_min": heatmap.raw_min,
                 "raw_max": heatmap.raw_max,
+                "regions": [dataclasses.asdict(region) for region in heatmap.regions],
+                "completed": heatmap.completed,
                 **files,
             }
         )

@@ -17,33 +17,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from camserve.client import decoding, overlays, words
+from camserve.client.boxes import HeatRegion
 from camserve.client.geometry import Geometry, resize
 from camserve.client.inputs import AnyInput, PreparedInput, prepare
+from camserve.client.resolved import ResolvedTarget
 from camserve.v1 import heatmap_pb2
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedTarget:
-    """The class a map turned out to be about.
-
-    Attributes:
-        class_index: index into the model's outputs.
-        label: its label; empty when the model card has none.
-        score: "logit" or "softmax": the number of the class that was differentiated.
-        value: that number.
-    """
-
-    class_index: int
-    label: str
-    score: str
-    value: float
-
-    @property
-    def name(self) -> str:
-        """The label, or the class index where there is none."""
-        return self.label or str(self.class_index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,6 +44,9 @@ class Heatmap:
         raw_max: largest such value.
         raw_sha256: SHA-256, hexadecimal, of the map as little-endian float32 at layer resolution.
         geometry: how it lies on the source; None for tensors.
+        axes: names of the dimensions of `values`: "h", "w"; "t" for signals, "d", "h", "w" for volumes; "c" last for channels.
+        regions: boxes around the strongest evidence, strongest first, if the spec asked for them.
+        completed: share of an amplified method's work that was done; less than 1 only with the flag "partial".
     """
 
     spec_index: int
@@ -79,6 +62,9 @@ class Heatmap:
     raw_max: float
     raw_sha256: str
     geometry: Geometry | None
+    axes: tuple[str, ...] = ("h", "w")
+    regions: tuple[HeatRegion, ...] = ()
+    completed: float = 1.0
     _message: heatmap_pb2.Heatmap = dataclasses.field(repr=False)
     _source: PreparedInput | None = dataclasses.field(repr=False, default=None)
 
@@ -88,18 +74,33 @@ class Heatmap:
         return self._message.encoding in decoding.OVERLAYS
 
     @property
+    def has_channels(self) -> bool:
+        """Whether the last axis of `values` is the input's channels, signed: a map in input space, sent in colour."""
+        return not self.is_overlay and self.axes[-1:] == ("c",)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the map has rows and columns; signals and volumes do not."""
+        return self.axes[:2] == ("h", "w")
+
+    @property
     def height(self) -> int:
-        """Rows of the map."""
-        return self._message.shape[0]
+        """Rows of the map; raises ValueError for signals."""
+        return self._size("h")
 
     @property
     def width(self) -> int:
-        """Columns of the map."""
-        return self._message.shape[1]
+        """Columns of the map; raises ValueError for signals."""
+        return self._size("w")
+
+    def _size(self, axis: str) -> int:
+        if axis not in self.axes:
+            raise ValueError(f"the map's axes are {', '.join(self.axes)}: it has no {axis!r}")
+        return self._message.shape[self.axes.index(axis)]
 
     @functools.cached_property
     def values(self) -> FloatArray:
-        """The map: read-only float32 (h, w), in units of the target's score unless normalisation was asked for.
+        """The map: read-only float32 of `axes`, in units of the target's score unless normalisation was asked for.
 
         Raises:
             CorruptPayload: when the bytes are not what their digest says.
@@ -109,19 +110,45 @@ class Heatmap:
         values.flags.writeable = False
         return values
 
-    def resized(self, height: int, width: int) -> FloatArray:
-        """Returns the map at another resolution: float32 (height, width), bilinear."""
-        return resize(self.values, height, width)
+    @property
+    def strength(self) -> FloatArray:
+        """The map without channels, float32 (h, w): the values, or the magnitudes of signed channels added up.
 
-    def on_source(self) -> FloatArray:
-        """Returns the map on the source's pixels: float32 (H, W), as the server's size "source" would give.
+        Those are clipped at their 99th percentile, as the server's saliency "gray" does.
 
         Raises:
-            ValueError: when the input was a tensor, which has no source.
+            ValueError: for a signal or a volume, which is no picture.
+        """
+        if not self.is_flat:
+            raise ValueError(f"a map with the axes {', '.join(self.axes)} is no picture; look at its values")
+        if not self.has_channels:
+            return self.values
+        total = np.abs(self.values).sum(axis=-1)
+        return np.asarray(np.minimum(total, np.percentile(total, 99)), np.float32)
+
+    def resized(self, height: int, width: int) -> FloatArray:
+        """Returns the map's strength at another resolution: float32 (height, width), bilinear."""
+        return resize(self.strength, height, width)
+
+    def on_source(self) -> FloatArray:
+        """Returns the map's strength on the source's pixels: float32 (H, W), as the server's size "source" would give.
+
+        Raises:
+            ValueError: when the input was a tensor, which has no source, or the map is no picture.
         """
         if self.geometry is None:
             raise ValueError("a tensor has no source to lie on; use resized(height, width)")
-        return self.geometry.place(self.values)
+        return self.geometry.place(self.strength)
+
+    def signed_picture(self) -> Image.Image:
+        """Returns the map alone, as an RGB picture of its own size in which 0 is mid-gray.
+
+        Three signed channels become red, green and blue, brighter for evidence for the target and darker for evidence against.
+        One channel, or a map without, is red where it is positive and blue where it is negative.
+        """
+        if not self.is_flat:
+            raise ValueError(f"a map with the axes {', '.join(self.axes)} is no picture; look at its values")
+        return overlays.signed(self.values)
 
     def overlay(self, image: AnyInput | None = None, *, opacity: float = 0.5, colormap: str = "turbo") -> Image.Image:
         """Returns the source with the map's colours over it, as an RGB picture of the source's size.
@@ -168,12 +195,7 @@ def heatmap_from_proto(message: heatmap_pb2.Heatmap, source: PreparedInput | Non
         spec_index=message.spec_index,
         target_index=message.target_index,
         target_count=message.target_count,
-        target=ResolvedTarget(
-            class_index=message.target.class_index,
-            label=message.target.label,
-            score=words.SCORES.word(message.target.score),
-            value=message.target.value,
-        ),
+        target=ResolvedTarget.from_proto(message.target),
         method=words.METHODS.word(message.method),
         profile=words.PROFILES.word(message.profile),
         layers=tuple(message.layers),
@@ -183,6 +205,9 @@ def heatmap_from_proto(message: heatmap_pb2.Heatmap, source: PreparedInput | Non
         raw_max=message.raw_max,
         raw_sha256=message.raw_sha256.hex(),
         geometry=Geometry.from_proto(message.geometry) if message.HasField("geometry") else None,
+        axes=tuple(message.axes),
+        regions=tuple(HeatRegion.from_proto(region) for region in message.regions),
+        completed=message.completed,
         _message=message,
         _source=source,
     )

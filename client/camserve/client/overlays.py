@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw
+
+from camserve.client.boxes import Box
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 ByteArray: TypeAlias = npt.NDArray[np.uint8]
@@ -64,6 +66,38 @@ def colourise(intensities: FloatArray, colormap: str = "turbo") -> ByteArray:
     table = np.stack([np.interp(levels, stops, anchors[:, channel]) for channel in range(3)], axis=-1)
     codes = np.rint(np.clip(intensities, 0, 1) * 255).astype(np.uint8)
     return np.asarray(np.rint(table).astype(np.uint8)[codes])
+
+
+def signed(values: FloatArray) -> Image.Image:
+    """Returns a signed map as an RGB picture of its own size, in which 0 is mid-gray and the largest magnitude full colour.
+
+    Args:
+        values: (h, w, 3), shown as red, green and blue; or (h, w, 1) or (h, w), shown red where positive, blue where negative.
+            Of any other number of channels the mean is shown.
+    """
+    channels = values[..., None] if values.ndim == 2 else values
+    if channels.shape[-1] not in {1, 3}:
+        channels = channels.mean(axis=-1, keepdims=True)
+    largest = float(np.abs(channels).max()) or 1.0
+    shares = channels / largest
+    if shares.shape[-1] == 1:
+        # From gray, evidence for takes away green and blue, evidence against red and green.
+        shares = np.concatenate([shares, -np.abs(shares), -shares], axis=-1)
+    return Image.fromarray(np.rint(127.5 + 127.5 * shares).astype(np.uint8))
+
+
+def outlined(picture: Image.Image, boxes: Iterable[Box]) -> Image.Image:
+    """Returns a picture with the outlines of boxes drawn on it, in white between black, to be seen on any ground."""
+    drawn = picture.convert("RGB")
+    pen = ImageDraw.Draw(drawn)
+    width = max(1, round(max(drawn.size) / 300))
+    for box in boxes:
+        right, bottom = box.left + box.width - 1, box.top + box.height - 1
+        pen.rectangle((box.left, box.top, right, bottom), outline="black", width=3 * width)
+        inner = (box.left + width, box.top + width, right - width, bottom - width)
+        if inner[2] >= inner[0] and inner[3] >= inner[1]:
+            pen.rectangle(inner, outline="white", width=width)
+    return drawn
 
 
 def blend(picture: Image.Image, values: FloatArray, *, opacity: float, colormap: str) -> Image.Image:

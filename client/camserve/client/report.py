@@ -5,24 +5,19 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import importlib.resources
-import io
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from PIL import Image
 
+from camserve.client.boxes import Detection
 from camserve.client.errors import CamserveError
-from camserve.client.heatmaps import Heatmap
-from camserve.client.results import ClassScore, Result, Summary
-
-# Photographs are shown at a few hundred pixels; embedding them whole would make the file too large to send.
-_LARGEST_SIDE: Final = 640
+from camserve.client.figures import heatmap_figure, picture_figure, text
+from camserve.client.results import ClassScore, Prediction, Result, Summary
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,16 +70,16 @@ def _page(title: str, facts: Mapping[str, str], entries: Sequence[ReportEntry]) 
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<title>{text(title)}</title>
 <style>
 {style}</style>
 </head>
 <body>
-<h1>{_text(title)}</h1>
+<h1>{text(title)}</h1>
 <div class="card">{_facts(facts)}</div>
 {sections}
 <footer>{len(entries)} images, {maps} maps. Colours run from each map's smallest value to its largest; the range is told below \
-each map, in units of the target's score.</footer>
+each map, in units of the target's score. Signed channels stand on gray: brighter is evidence for, darker against.</footer>
 </body>
 </html>
 """
@@ -94,78 +89,74 @@ def _section(entry: ReportEntry) -> str:
     result = entry.result
     if isinstance(result, CamserveError):
         return _card(
-            entry.name, "failed", _picture(entry.picture, "source") + _failure(str(result)) + _facts(entry.facts)
+            entry.name, "failed", picture_figure(entry.picture, "source") + _failure(str(result)) + _facts(entry.facts)
         )
     source = entry.picture or result.picture()
-    figures = [_picture(source, "source"), *(_heatmap(heatmap, entry.picture) for heatmap in result.heatmaps)]
+    figures = [picture_figure(source, "source")]
+    figures += [heatmap_figure(heatmap, entry.picture) for heatmap in result.heatmaps]
     body = [
         f'<div class="maps">{"".join(figures)}</div>',
         *(_failure(f"Spec {spec_error.spec_index}: {spec_error.error}") for spec_error in result.errors),
         '<div class="columns">',
-        f"<div><h3>Prediction</h3>{_prediction(result.prediction.classes)}</div>",
+        f"<div><h3>Prediction</h3>{_prediction(result.prediction)}</div>",
         f"<div><h3>Time on the server</h3>{_timings(result.summary)}</div>",
         "</div>",
         f"<h3>Record</h3>{_facts({**entry.facts, **_record(result.summary)})}",
     ]
-    best = result.prediction.classes[0]
-    return _card(entry.name, f"{best.name} {best.probability:.1%}", "\n".join(body))
+    return _card(entry.name, _verdict(result.prediction), "\n".join(body))
 
 
 def _card(name: str, verdict: str, body: str) -> str:
     return (
-        f'<section class="card"><div class="head"><h2>{_text(name)}</h2><span class="verdict">{_text(verdict)}</span></div>\n'
+        f'<section class="card"><div class="head"><h2>{text(name)}</h2><span class="verdict">{text(verdict)}</span></div>\n'
         f"{body}</section>"
     )
 
 
-def _heatmap(heatmap: Heatmap, picture: Image.Image | None) -> str:
-    target = heatmap.target
-    rank = f", {heatmap.target_index + 1} of {heatmap.target_count}" if heatmap.target_count > 1 else ""
-    flags = "".join(f' <span class="flag">{_text(flag)}</span>' for flag in sorted(heatmap.flags))
-    caption = (
-        f"<b>{_text(heatmap.method)}</b>{flags}<br>{_text(', '.join(heatmap.layers))}<br>"
-        f"why {_text(target.name)}{rank}: {_text(target.score)} {target.value:.3g}<br>"
-        f"{heatmap.raw_min:.3g} to {heatmap.raw_max:.3g}"
-    )
-    try:
-        overlay = heatmap.overlay(picture)
-    except (
-        CamserveError,
-        ValueError,
-    ) as error:  # A tensor without a picture, or a corrupt map; the others are still shown.
-        return f'<figure><p class="error">{_text(str(error))}</p><figcaption>{caption}</figcaption></figure>'
-    return f"<figure>{_image(overlay, f'{heatmap.method} of {target.name}')}<figcaption>{caption}</figcaption></figure>"
+def _verdict(prediction: Prediction) -> str:
+    """What the model said, in a few words."""
+    best = prediction.best
+    if isinstance(best, Detection):
+        count = len(prediction.detections)
+        return f"{best.name} {best.score:.1%}" + (f" and {count - 1} more" if count > 1 else "")
+    if best is None:
+        return f"{len(prediction.embedding)} dimensions" if prediction.embedding else "nothing found"
+    if best.step is not None:
+        return " ".join(item.name for item in prediction.classes)
+    return f"{best.name} {_told(best)}"
 
 
-def _picture(picture: Image.Image | None, caption: str) -> str:
-    if picture is None:
-        return ""
-    size = f"{picture.width} x {picture.height}"
-    return f"<figure>{_image(picture, caption)}<figcaption><b>{_text(caption)}</b><br>{size}</figcaption></figure>"
+def _prediction(prediction: Prediction) -> str:
+    if prediction.embedding:
+        length = math.sqrt(sum(value * value for value in prediction.embedding))
+        return _facts({"dimensions": str(len(prediction.embedding)), "length": f"{length:.4g}"})
+    rows = [
+        f'<tr><th>{_heading(item)}</th><td class="wide">{_bar(item.probability)}</td>'
+        f'<td class="number">{_told(item)}</td></tr>'
+        for item in prediction.classes
+    ]
+    rows += [
+        f"<tr><th>{text(item.name)}</th><td>{item.box.width} x {item.box.height} at {item.box.left}, {item.box.top}</td>"
+        f'<td class="number">{item.score:.1%}</td></tr>'
+        for item in prediction.detections
+    ]
+    return _table(rows)
 
 
-def _image(picture: Image.Image, alternative: str) -> str:
-    shown = picture.convert("RGB")
-    shown.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
-    file = io.BytesIO()
-    shown.save(file, "WEBP", quality=88)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img alt="{_text(alternative)}" src="data:image/webp;base64,{data}">'
+def _heading(item: ClassScore) -> str:
+    return text(item.name if item.step is None else f"{item.step + 1}: {item.name}")
 
 
-def _prediction(classes: Iterable[ClassScore]) -> str:
-    return _table(
-        f'<tr><th>{_text(item.name)}</th><td class="wide">{_bar(item.probability)}</td>'
-        f'<td class="number">{item.probability:.1%}</td></tr>'
-        for item in classes
-    )
+def _told(item: ClassScore) -> str:
+    """A class's probability, or a regression's value, which has none."""
+    return f"{item.probability:.1%}" if item.probability else f"{item.logit:.4g}"
 
 
 def _timings(summary: Summary) -> str:
     stages = dataclasses.asdict(summary.timings)
     longest = max(stages.values()) or 1.0
     return _table(
-        f'<tr><th>{_text(stage)}</th><td class="wide">{_bar(seconds / longest)}</td>'
+        f'<tr><th>{text(stage)}</th><td class="wide">{_bar(seconds / longest)}</td>'
         f'<td class="number">{seconds * 1000:.1f} ms</td></tr>'
         for stage, seconds in stages.items()
     )
@@ -181,7 +172,7 @@ def _record(summary: Summary) -> dict[str, str]:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return _table(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in facts.items())
+    return _table(f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in facts.items())
 
 
 def _table(rows: Iterable[str]) -> str:
@@ -193,8 +184,4 @@ def _bar(share: float) -> str:
 
 
 def _failure(message: str) -> str:
-    return f'<p class="error">{_text(message)}</p>'
-
-
-def _text(value: str) -> str:
-    return html.escape(str(value))
+    return f'<p class="error">{text(message)}</p>'

@@ -10,26 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 from camserve.client import words
+from camserve.client.boxes import Box
 from camserve.client.inputs import PreparedInput, TensorInput, to_tensor
 from camserve.client.specs import AnySpec, Spec, to_protos
-from camserve.v1 import explanation_service_pb2, input_pb2
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Box:
-    """A rectangle of the source image, in pixels.
-
-    Attributes:
-        left: first column.
-        top: first row.
-        width: columns.
-        height: rows.
-    """
-
-    left: int
-    top: int
-    width: int
-    height: int
+from camserve.v1 import explanation_service_pb2
 
 
 class SharedOptions(TypedDict, total=False):
@@ -124,9 +108,7 @@ def plan(
         labels=options.get("labels"),
     )
     if box := options.get("region_of_interest"):
-        template.region_of_interest.CopyFrom(
-            input_pb2.Box(left_pixels=box.left, top_pixels=box.top, width_pixels=box.width, height_pixels=box.height)
-        )
+        template.region_of_interest.CopyFrom(box.to_proto())
     for name, tensor in (options.get("extra_inputs") or {}).items():
         template.extra_inputs[name].CopyFrom(to_tensor(tensor))
     return RequestPlan(

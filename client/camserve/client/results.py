@@ -13,6 +13,7 @@ from typing import TypeAlias
 from google.protobuf import duration_pb2
 from PIL import Image
 
+from camserve.client.boxes import Detection
 from camserve.client.errors import CamserveError, Internal, from_status
 from camserve.client.heatmaps import Heatmap, heatmap_from_proto
 from camserve.client.inputs import PreparedInput
@@ -21,19 +22,22 @@ from camserve.v1 import explanation_service_pb2, heatmap_pb2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClassScore:
-    """One class of a prediction.
+    """One class of a prediction, or one value of a regression.
 
     Attributes:
         class_index: index into the model's outputs.
         label: its label; empty when the model card has none.
-        logit: the model's raw score.
-        probability: softmax of the logits.
+        logit: the model's raw score; of a segmentation its mean over the cells; of a regression the value.
+        probability: softmax of the logits; sigmoid for multi-label models; of a segmentation the share of the cells predicted as
+            this class; 0 for a regression.
+        step: which step of a sequence; None for other models.
     """
 
     class_index: int
     label: str
     logit: float
     probability: float
+    step: int | None = None
 
     @property
     def name(self) -> str:
@@ -46,34 +50,52 @@ class Prediction:
     """What the model said.
 
     Attributes:
-        classes: the best classes, best first; at least one.
+        classes: the best classes, best first; of a sequence the best of each step; of a regression the values in order; none for
+            an embedding or a detector.
         model: the model that answered.
         version: its version.
+        detections: what a detector found, best first.
+        embedding: what an embedding model returned.
     """
 
     classes: tuple[ClassScore, ...]
     model: str
     version: str
+    detections: tuple[Detection, ...] = ()
+    embedding: tuple[float, ...] = ()
+
+    @property
+    def best(self) -> ClassScore | Detection | None:
+        """The best class or detection; None for an embedding, and for a detector that found nothing."""
+        found: tuple[ClassScore | Detection, ...] = (*self.classes, *self.detections)
+        return found[0] if found else None
 
     @property
     def label(self) -> str:
-        """Label of the best class; empty when the model card has none."""
-        return self.classes[0].label
+        """Label of the best class; empty when the model card has none, and when there is no best class."""
+        return "" if self.best is None else self.best.label
 
     @property
     def name(self) -> str:
-        """Label of the best class, or its index where there is none."""
-        return self.classes[0].name
+        """Label of the best class, or its index where there is none; empty when there is no best class."""
+        return "" if self.best is None else self.best.name
 
     @property
     def class_index(self) -> int:
-        """Index of the best class."""
-        return self.classes[0].class_index
+        """Index of the best class; raises ValueError when there is none."""
+        return self._best().class_index
 
     @property
     def probability(self) -> float:
-        """Probability of the best class, 0 to 1."""
-        return self.classes[0].probability
+        """Probability of the best class, 0 to 1; a detector's best score; raises ValueError when there is neither."""
+        best = self._best()
+        return best.score if isinstance(best, Detection) else best.probability
+
+    def _best(self) -> ClassScore | Detection:
+        if self.best is None:
+            told = "an embedding has no classes" if self.embedding else "nothing was detected"
+            raise ValueError(f"{told}; look at `best`, which is None then")
+        return self.best
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,10 +226,22 @@ def collect(events: Iterable[Event], source: PreparedInput) -> Result:
 
 def _prediction(message: heatmap_pb2.Prediction) -> Prediction:
     classes = tuple(
-        ClassScore(class_index=item.class_index, label=item.label, logit=item.logit, probability=item.probability)
+        ClassScore(
+            class_index=item.class_index,
+            label=item.label,
+            logit=item.logit,
+            probability=item.probability,
+            step=item.step if item.HasField("step") else None,
+        )
         for item in message.classes
     )
-    return Prediction(classes=classes, model=message.model, version=message.version)
+    return Prediction(
+        classes=classes,
+        model=message.model,
+        version=message.version,
+        detections=tuple(Detection.from_proto(item) for item in message.detections),
+        embedding=tuple(message.embedding),
+    )
 
 
 def _summary(message: heatmap_pb2.Summary) -> Summary:

@@ -34,10 +34,14 @@ def show_card(card: ModelCard) -> None:
     console = Console()
     facts = Table(title=f"{escape(card.name)}, version {escape(card.version)}", show_header=False)
     labels = ", ".join(card.labels[:10]) + (" …" if len(card.labels) > 10 else "")
-    shape = " x ".join(map(str, card.input.shape))
+    shape = _sizes(card.input.shape)
     for key, value in (
+        *([("returns", card.output_kind)] if card.output_kind else []),
         ("classes", f"{card.class_count}: {labels}" if labels else str(card.class_count)),
         ("input", f"{shape} {card.input.channels}, {card.input.resize}"),
+        *(("input", f"{extra.name}: {_sizes(extra.shape)} {extra.dtype}") for extra in card.extra_inputs),
+        *([("stages", ", ".join(card.stages))] if card.stages else []),
+        *([("phrases", ", ".join(card.phrases))] if card.phrases else []),
         ("kind", f"{card.kind} on {card.device} in {card.dtype}"),
         ("batch", _batch(card)),
         ("model sha256", card.model_sha256),
@@ -52,9 +56,7 @@ def show_card(card: ModelCard) -> None:
         layers.add_column(heading)
     for layer in card.layers:
         name = f"{layer.name} (default)" if layer.name == card.default_layer else layer.name
-        sizes = (" x ".join(map(str, size)) for size in (layer.shape, layer.map_shape))
-        shape_text, map_text = sizes
-        layers.add_row(escape(name), shape_text, layer.layout, map_text, escape(layer.refusal))
+        layers.add_row(escape(name), _sizes(layer.shape), layer.layout, _sizes(layer.map_shape), escape(layer.refusal))
     console.print(layers)
 
     methods = Table(title="Methods")
@@ -63,6 +65,10 @@ def show_card(card: ModelCard) -> None:
     for method in card.methods:
         methods.add_row(method.method, "[green]yes[/]" if method.works else "[red]no[/]", escape(method.note))
     console.print(methods)
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _batch(card: ModelCard) -> str:

@@ -21,7 +21,6 @@ _METHOD_SLUGS: Final = {
     "METHOD_SMOOTH_GRAD_CAM_PLUS_PLUS": "smooth-grad-cam++",
     "METHOD_FULL_GRAD": "fullgrad",
     "METHOD_SMOOTH_GRAD": "smoothgrad",
-    "METHOD_SHAPLEY_CAM": "shapleycam",
     "METHOD_LE_GRAD": "legrad",
 }
 
@@ -84,9 +83,11 @@ FUSIONS: Final = Vocabulary("fusion", "FUSION_", dict(spec_pb2.Fusion.items()), 
 SIZES: Final = Vocabulary("size", "MAP_SIZE_", dict(spec_pb2.MapSize.items()))
 ENCODINGS: Final = Vocabulary("encoding", "ENCODING_", dict(spec_pb2.Encoding.items()))
 NORMALISATIONS: Final = Vocabulary("normalisation", "NORMALISATION_", dict(spec_pb2.Normalisation.items()))
+SALIENCIES: Final = Vocabulary("saliency", "SALIENCY_", dict(spec_pb2.Saliency.items()))
 LANES: Final = Vocabulary("lane", "LANE_", dict(explanation_service_pb2.Lane.items()))
 FLAGS: Final = Vocabulary("flag", "MAP_FLAG_", dict(heatmap_pb2.MapFlag.items()))
 DATA_TYPES: Final = Vocabulary("data-type", "DATA_TYPE_", dict(input_pb2.DataType.items()))
 MODEL_STATES: Final = Vocabulary("state", "MODEL_STATE_", dict(model_service_pb2.ModelState.items()))
+OUTPUT_KINDS: Final = Vocabulary("output-kind", "OUTPUT_KIND_", dict(model_service_pb2.OutputKind.items()))
 PROGRAM_KINDS: Final = Vocabulary("program-kind", "PROGRAM_KIND_", dict(model_service_pb2.ProgramKind.items()))
 LAYOUTS: Final = Vocabulary("layout", "LAYER_LAYOUT_", dict(model_service_pb2.LayerLayout.items()))

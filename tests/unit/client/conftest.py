@@ -123,7 +123,11 @@ class Peer(explanation_service_pb2_grpc.ExplanationServiceServicer, model_servic
             rows_independent=True,
             model_sha256="ab" * 32,
             notes=["made for tests"],
+            output_kind="OUTPUT_KIND_CLASSIFICATION",
+            stages=["layer1", "layer2"],
+            phrases=["a scratch"],
         )
+        card.extra_inputs.add(name="mask", shape=[1, 4], dtype="float32")
         card.input.shape.extend([3, 32, 32])
         card.layers.add(name="layer2", shape=[8, 2, 2], layout="LAYER_LAYOUT_CHANNELS_FIRST", map_shape=[2, 2])
         card.layers.add(name="flat", shape=[8], refusal="no spatial extent")
@@ -216,7 +220,11 @@ def heatmap(
         raw_max=values.max(),
         payload_sha256=hashlib.sha256(payload).digest(),
         raw_sha256=hashlib.sha256(payload).digest(),
+        completed=1,
     )
+    # Merging appends to what is repeated.
+    for name in fields.keys() & {"axes", "layers"}:
+        message.ClearField(name)
     message.MergeFrom(heatmap_pb2.Heatmap(**{"method": spec_pb2.METHOD_GRAD_CAM, "target_count": 1, **fields}))
     if source is not None:
         for axis, pixels, cells in (("x", source[0], values.shape[1]), ("y", source[1], values.shape[0])):

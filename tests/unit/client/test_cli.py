@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from camserve.client import cli
-from camserve.v1 import spec_pb2
+from camserve.v1 import explanation_service_pb2, spec_pb2
 from tests.unit.client.conftest import VALUES, Peer, status
 
 
@@ -80,6 +80,95 @@ def test_target_and_layers_reach_every_spec(peer: Peer, photos: Path) -> None:
     assert "good" == by_label.target.class_label
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--target", "scratch", "--against", "0"), {"target": {"difference": {"class_index": 1}}}),
+        (("--polarity", "against"), {"target": {"predicted": {}, "polarity": "POLARITY_AGAINST"}}),
+        (("--score", "rest"), {"target": {"predicted": {}, "score": "SCORE_REST"}}),
+        (("--phrase", "a scratch"), {"target": {"text": "a scratch"}}),
+        (
+            ("--box", "1,2,3,4", "--target", "good"),
+            {
+                "target": {
+                    "region": {
+                        "class_index": 0,
+                        "box": {"left_pixels": 1, "top_pixels": 2, "width_pixels": 3, "height_pixels": 4},
+                    }
+                }
+            },
+        ),
+        (("--point", "1.5,2"), {"target": {"region": {"point": {"x_pixels": 1.5, "y_pixels": 2}}}}),
+        (("--regions", "0.5"), {"regions": {"threshold": 0.5}}),
+        (("--saliency", "gray"), {"saliency": "SALIENCY_GRAY"}),
+        (("--augment", "--eigen-smooth"), {"smoothing": {"augmentation": True, "eigen": True}}),
+        (
+            ("--seed", "7", "--samples", "8", "--channels", "9", "--similar-classes", "3", "--allow-partial"),
+            {"parameters": {"seed": 7, "samples": 8, "channels": 9, "similar_classes": 3, "allow_partial": True}},
+        ),
+    ],
+)
+def test_options_reach_the_spec(
+    peer: Peer, photos: Path, arguments: tuple[str, ...], expected: dict[str, object]
+) -> None:
+    """Class names are looked up on the card where the contract takes an index."""
+    result = _run("explain", str(photos / "a.png"), *arguments, peer=peer)
+
+    assert 0 == result.exit_code, result.output
+    message = spec_pb2.Spec(method="METHOD_GRAD_CAM")
+    message.target.predicted.SetInParent()
+    message.MergeFrom(spec_pb2.Spec(**expected))  # type: ignore[arg-type]
+    assert message == peer.requests[0].specs[0]
+
+
+def test_an_image_can_be_compared_with(peer: Peer, photos: Path, png: bytes) -> None:
+    """The other one is sent with each request."""
+    _run("explain", str(photos / "deep"), "--similar", str(photos / "a.png"), peer=peer)
+
+    assert png == peer.requests[0].specs[0].target.embedding.image.data
+
+
+def test_options_of_the_request_reach_it(peer: Peer, photos: Path, tmp_path: Path) -> None:
+    """Where to look, how urgently, and what else the model takes."""
+    np.save(tmp_path / "mask.npy", np.ones((1, 4), np.float32))
+
+    result = _run(
+        "explain", str(photos / "a.png"), "--roi", "1,2,3,4", "--lane", "bulk", "--extra", f"mask={tmp_path / 'mask.npy'}",
+        peer=peer,
+    )  # fmt: skip
+
+    assert 0 == result.exit_code, result.output
+    (request,) = peer.requests
+    assert explanation_service_pb2.LANE_BULK == request.lane
+    assert (1, 2, 3, 4) == tuple(value for _, value in request.region_of_interest.ListFields())
+    assert [1, 4] == list(request.extra_inputs["mask"].shape)
+
+
+def test_a_sweep_explains_each_stage_of_the_model(peer: Peer, photos: Path, tmp_path: Path) -> None:
+    """Each with each method, in files that tell the layer."""
+    out = tmp_path / "maps"
+
+    result = _run(
+        "explain", str(photos / "a.png"), "--sweep", "-m", "cam", "-m", "grad-cam", "--out", str(out), peer=peer
+    )
+
+    assert 0 == result.exit_code, result.output
+    assert [(1, ["layer1"]), (1, ["layer2"]), (2, ["layer1"]), (2, ["layer2"])] == [
+        (spec.method, list(spec.layers)) for spec in peer.requests[0].specs
+    ]
+    assert ["a.cam.layer1.png", "a.cam.layer2.png", "a.grad-cam.layer1.png", "a.grad-cam.layer2.png"] == _written(out)
+
+
+def test_regions_and_target_details_are_printed(peer: Peer, photos: Path) -> None:
+    """As JSON, with null for what a map is not about."""
+    result = _run("explain", str(photos / "a.png"), "--regions", "0.5", peer=peer)
+
+    (item,) = _lines(result)[0]["heatmaps"]
+    assert ([], 1.0, "for", None) == (
+        item["regions"], item["completed"], item["target"]["polarity"], item["target"]["other_class_index"],
+    )  # fmt: skip
+
+
 def test_an_image_may_come_from_standard_input(peer: Peer, png: bytes) -> None:
     """A dash means that; the model may be left out when there is only one."""
     result = _run("explain", "-", peer=peer, stdin=png)
@@ -103,6 +192,17 @@ def test_a_spec_that_failed_shows_in_the_exit_status(peer: Peer, photos: Path) -
         (("-m", "gradcm"), "did you mean 'grad-cam'?"),
         (("--raw",), "add --out DIR"),
         (("--target", "1", "--top-k", "2"), "contradict each other"),
+        (("--against", "good"), "add --target CLASS"),
+        (("--target", "1", "--against", "0", "--box", "1,2,3,4"), "contradict each other"),
+        (("--box", "1,2,3,4", "--point", "1,2"), "--box and --point contradict each other"),
+        (("--phrase", "a scratch", "--target", "1"), "an embedding has no classes"),
+        (("--sweep", "--layer", "layer1"), "--sweep and --layer contradict each other"),
+        (("--box", "1,2,3"), "'1,2,3' is not LEFT,TOP,WIDTH,HEIGHT in pixels"),
+        (("--point", "1,y"), "'1,y' is not X,Y in pixels"),
+        (("--regions", "0"), "--regions"),
+        (("--target", "bus", "--against", "good"), "'bus' is not one label of surface: good, scratch"),
+        (("--extra", "mask"), "give NAME=FILE.npy"),
+        (("--lane", "fast"), "bulk"),
         (("--top-k", "0"), "x>=1"),
     ],
 )
@@ -160,7 +260,10 @@ def test_a_card_shows_layers_and_methods(peer: Peer) -> None:
     """What can be asked of the model, and why not."""
     shown, as_json = _run("models", "surface", peer=peer), _run("models", "surface", "--json", peer=peer)
 
-    for told in ("layer2 (default)", "no spatial extent", "grad-cam", "two linear layers follow", "made for tests"):
+    for told in (
+        "layer2 (default)", "no spatial extent", "grad-cam", "two linear layers follow", "made for tests", "classification",
+        "mask: 1 x 4 float32", "layer1, layer2", "a scratch",
+    ):  # fmt: skip
         assert told in shown.output
     assert ["good", "scratch"] == json.loads(as_json.output)["labels"]
 

@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from camserve.client import CorruptPayload, Geometry, Heatmap
+from camserve.client import Box, CorruptPayload, Detection, Geometry, Heatmap, HeatRegion, ResolvedTarget
 from camserve.client.geometry import resize
 from camserve.client.heatmaps import heatmap_from_proto
 from camserve.client.inputs import AnyInput, TensorInput, prepare
 from camserve.client.overlays import COLORMAPS, colourise, unit_range
-from camserve.v1 import heatmap_pb2
+from camserve.v1 import heatmap_pb2, input_pb2
 from tests.unit.client.conftest import heatmap
 
 ROW = np.array([[0.0, 10.0]], np.float32)
@@ -203,3 +203,103 @@ def test_enlarging_keeps_a_constant_map_constant() -> None:
 def test_a_constant_map_points_nowhere() -> None:
     """It is drawn in the lowest colour, not divided by zero."""
     assert [[0.0, 0.0]] == unit_range(np.array([[3.0, 3.0]], np.float32)).tolist()
+
+
+def _with_target(**fields: object) -> ResolvedTarget:
+    message = heatmap().heatmap
+    message.ClearField("target")
+    message.target.CopyFrom(heatmap_pb2.ResolvedTarget(**fields))  # type: ignore[arg-type]
+    return heatmap_from_proto(message).target
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "description"),
+    [
+        ({"class_index": 0, "score": "SCORE_LOGIT", "polarity": "POLARITY_FOR"}, "0", "0"),
+        ({"class_index": 1, "label": "cat", "polarity": "POLARITY_AGAINST"}, "cat", "against cat"),
+        ({"class_index": 1, "label": "cat", "other_class_index": 0}, "cat", "cat rather than 0"),
+        ({"class_index": 1, "step": 0}, "1", "1, step 1"),
+        ({"class_index": 1, "cells": 12}, "1", "1, 12 cells"),
+        ({"class_index": 1, "iou": 0.5}, "1", "1, IoU 0.50"),
+        ({"concept": 0}, "concept 1", "concept 1"),
+        ({"phrase": "a cat"}, "a cat", "a cat"),
+        ({}, "", "no class"),
+    ],
+)
+def test_targets_tell_what_a_map_is_about(fields: dict[str, object], name: str, description: str) -> None:
+    """Zeros are told, and what is unset is None."""
+    target = _with_target(**fields)
+
+    assert (name, description) == (target.name, target.description)
+    for field in ("class_index", "other_class_index", "step", "cells", "iou", "concept"):
+        assert fields.get(field) == getattr(target, field)
+
+
+def test_a_matched_detection_is_told_whole() -> None:
+    """Box, class and score."""
+    box = input_pb2.Box(left_pixels=1, top_pixels=2, width_pixels=3, height_pixels=4)
+    sent = heatmap_pb2.Detection(box=box, class_index=3, label="crane", score=0.5)
+
+    expected = Detection(box=Box(1, 2, 3, 4), class_index=3, label="crane", score=0.5)
+    assert expected == _with_target(class_index=3, detection=sent).detection
+    assert _with_target(class_index=3).detection is None
+
+
+def test_regions_and_what_was_done_are_told() -> None:
+    """Strongest first, as they came."""
+    box = input_pb2.Box(left_pixels=1, top_pixels=2, width_pixels=3, height_pixels=4)
+    region = heatmap_pb2.HeatRegion(box=box, peak=2, share=0.5)
+
+    item = heatmap_from_proto(heatmap(regions=[region], completed=0.25).heatmap)
+
+    assert (HeatRegion(box=Box(1, 2, 3, 4), peak=2.0, share=0.5),) == item.regions
+    assert (0.25, ("h", "w")) == (item.completed, item.axes)
+
+
+SIGNED = np.array([[[1, -1, 0], [0, 2, -4]]], np.float32)
+
+
+def test_signed_channels_are_kept_apart_and_can_be_added_up() -> None:
+    """The magnitudes 2 and 6, of which the larger is clipped at the 99th percentile, as the server's gray is."""
+    item = heatmap_from_proto(
+        heatmap(SIGNED, (2, 1), axes=["h", "w", "c"]).heatmap, prepare(np.zeros((1, 2), np.uint8))
+    )
+
+    assert (True, 1, 2) == (item.has_channels, item.height, item.width)
+    assert SIGNED.tolist() == item.values.tolist()
+    np.testing.assert_allclose(item.strength, [[2.0, 5.96]], rtol=1e-6)
+    assert item.strength.tolist() == item.on_source().tolist()
+    assert (2, 1) == item.overlay().size
+
+
+def test_signed_pictures_have_gray_for_nothing() -> None:
+    """Three channels are colours; one is red for evidence and blue for evidence against; the largest magnitude is full."""
+
+    def shown(values: npt.NDArray[np.float32], axes: list[str]) -> list[list[list[int]]]:
+        picture = heatmap_from_proto(heatmap(values, None, axes=axes).heatmap).signed_picture()
+        return np.asarray(picture).tolist()
+
+    assert [[[159, 96, 128], [128, 191, 0]]] == shown(SIGNED, ["h", "w", "c"])
+    one = [[[255, 0, 0], [128, 128, 128], [64, 64, 191]]]
+    assert one == shown(np.array([[[2.0], [0.0], [-1.0]]], np.float32), ["h", "w", "c"])
+    assert one == shown(np.array([[2.0, 0.0, -1.0]], np.float32), ["h", "w"])
+    assert [[[128, 128, 128]]] == shown(np.zeros((1, 1), np.float32), ["h", "w"])
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((5,), ["t"]), ((2, 3, 4), ["d", "h", "w"])])
+def test_what_is_no_picture_is_not_drawn_as_one(shape: tuple[int, ...], axes: list[str]) -> None:
+    """Its values are there all the same."""
+    item = heatmap_from_proto(heatmap(np.ones(shape, np.float32), None, axes=axes).heatmap)
+
+    assert shape == item.values.shape
+    for draw in (item.signed_picture, lambda: item.resized(4, 4), lambda: item.overlay(np.zeros((4, 4), np.uint8))):
+        with pytest.raises(ValueError, match="is no picture; look at its values"):
+            draw()
+
+
+def test_a_signal_has_no_width() -> None:
+    """The text tells the axes it has."""
+    item = heatmap_from_proto(heatmap(np.ones(5, np.float32), None, axes=["t"]).heatmap)
+
+    with pytest.raises(ValueError, match="axes are t: it has no 'w'"):
+        _ = item.width

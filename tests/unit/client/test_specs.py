@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from camserve.client import Above, Kth, Spec, TopK
+from camserve.client import Spec
 from camserve.client.specs import to_protos
 from camserve.client.words import METHODS
 from camserve.v1 import spec_pb2
@@ -44,29 +44,6 @@ def test_wrong_words_are_answered_with_the_nearest_and_the_whole_list() -> None:
         Spec("cam", encoding="pdf")
 
 
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        (None, spec_pb2.Target(predicted=spec_pb2.PredictedClass())),
-        (3, spec_pb2.Target(class_index=3)),
-        ("scratch", spec_pb2.Target(class_label="scratch")),
-        (Kth(2), spec_pb2.Target(kth=spec_pb2.KthClass(k=2))),
-        (TopK(3), spec_pb2.Target(top=spec_pb2.TopClasses(k=3))),
-        (Above(0.5), spec_pb2.Target(above=spec_pb2.ClassesAbove(probability=0.5))),
-    ],
-)
-def test_targets_take_the_form_their_type_says(target: object, expected: spec_pb2.Target) -> None:
-    """None, an index, a label and the three wrappers each have one meaning."""
-    assert expected == Spec("cam", target=target).to_proto().target  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("target", [True, 1.5, [1]])
-def test_targets_of_other_types_are_refused(target: object) -> None:
-    """True is an int to Python, but nobody means class 1 by it."""
-    with pytest.raises(TypeError, match="class index"):
-        Spec("cam", target=target)  # type: ignore[arg-type]
-
-
 def test_every_option_reaches_the_message() -> None:
     """Nothing that was written down is dropped."""
     spec = Spec(
@@ -82,11 +59,30 @@ def test_every_option_reaches_the_message() -> None:
         size="source",
         encoding="overlay-png",
         overlay_opacity=0.25,
+        saliency="gray",
+        output_path="aux.logits",
+        region_threshold=0.5,
+        max_regions=3,
+        augmentation_smooth=True,
+        eigen_smooth=True,
+        channels=1,
+        samples=2,
+        steps=3,
+        noise=0.5,
+        window=5,
+        stride=6,
+        concepts=7,
+        similar_classes=8,
+        contrast=0.75,
+        seed=0,
+        allow_partial=True,
     )
     expected = spec_pb2.Spec(
         method="METHOD_LAYER_CAM",
         layers=["layer1", "layer2"],
-        target=spec_pb2.Target(class_index=3, score="SCORE_SOFTMAX", polarity="POLARITY_AGAINST"),
+        target=spec_pb2.Target(
+            class_index=3, score="SCORE_SOFTMAX", polarity="POLARITY_AGAINST", output_path="aux.logits"
+        ),
         profile="PROFILE_PYTORCH_GRAD_CAM",
         fusion="FUSION_MAX",
         rectify=False,
@@ -94,9 +90,44 @@ def test_every_option_reaches_the_message() -> None:
         size="MAP_SIZE_SOURCE",
         encoding="ENCODING_OVERLAY_PNG",
         overlay_opacity=0.25,
+        saliency="SALIENCY_GRAY",
+        regions=spec_pb2.RegionOptions(threshold=0.5, max_regions=3),
+        smoothing=spec_pb2.Smoothing(augmentation=True, eigen=True),
+        parameters=spec_pb2.Parameters(
+            channels=1,
+            samples=2,
+            steps=3,
+            noise=0.5,
+            window=5,
+            stride=6,
+            concepts=7,
+            similar_classes=8,
+            contrast=0.75,
+            seed=0,
+            allow_partial=True,
+        ),
     )
 
     assert expected == spec.to_proto()
+    # Whatever the contract adds has to be added above, or is a choice.
+    for message in (expected, expected.smoothing, expected.parameters, expected.regions):
+        assert {field.name for field in message.DESCRIPTOR.fields} == {field.name for field, _ in message.ListFields()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"region_threshold": 0}, "region_threshold is 0"),
+        ({"region_threshold": 1.5}, "region_threshold is 1.5"),
+        ({"max_regions": 2}, "needs a region_threshold"),
+        ({"region_threshold": 0.5, "max_regions": 0}, "max_regions is 0"),
+        ({"overlay_opacity": -1}, "overlay_opacity is -1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_told_where_they_are_written(fields: dict[str, float], told: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(ValueError, match=told):
+        Spec("cam", **fields)
 
 
 def test_choices_left_open_stay_unset() -> None:
