@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -53,9 +54,6 @@ class ClassReadout:
     def __init__(self, kind: ClassKind, logits: Float[Tensor, "b classes"]) -> None:
         self._kind = kind
         self._logits = logits
-        # One copy serves readings and targets; double, so that a probability near 1 is told exactly.
-        self._host = logits.detach().to("cpu", torch.float64)
-        self._is_finite = self._host.isfinite().all(dim=1).tolist()
 
     @property
     def requires_grad(self) -> bool:
@@ -72,7 +70,7 @@ class ClassReadout:
 
     def aims(self, row: int, target: Target, contrast: Contrast | None = None) -> tuple[Aim, ...]:
         """One aim for each class, best first; see `Readout.aims`."""
-        if not self._is_finite[row]:
+        if not self._host[row].isfinite().all():
             raise not_finite("logits")
         if self._kind is OutputKind.REGRESSION and target.score is not Score.LOGIT:
             raise no_score(self._kind, target.score, (Score.LOGIT,))
@@ -96,6 +94,11 @@ class ClassReadout:
     def detach(self) -> None:
         """Frees the graph; readings stay."""
         self._logits = self._logits.detach()
+
+    @functools.cached_property
+    def _host(self) -> Float[Tensor, "b classes"]:
+        """One copy for readings and targets, which scores alone do not need; double, to tell a probability near 1 exactly."""
+        return self._logits.detach().to("cpu", torch.float64)
 
     def _terms(self, row: int, target: Target, contrast: Contrast | None) -> list[Terms]:
         if isinstance(target.about, Difference):

@@ -7,12 +7,13 @@ is predicted as it where its logit is above 0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,15 +53,7 @@ class DenseReadout:
 
     def __init__(self, logits: Float[Tensor, "b classes *grid"]) -> None:
         self._logits = logits
-        wide = widened(logits.detach())
         self._classes = logits.shape[1]
-        # What goes to the host: a number for each class, and one for each cell; never the logits themselves.
-        predicted = wide.argmax(dim=1) if self._classes > 1 else -(wide[:, 0] <= 0).long()
-        self._predicted = predicted.to(torch.int32).cpu().numpy()
-        self._means = wide.flatten(2).mean(dim=2).float().cpu().numpy()
-        self._is_finite = wide.flatten(1).isfinite().all(dim=1).tolist()
-        counts = [np.bincount(row[row >= 0].ravel(), minlength=self._classes) for row in self._predicted]
-        self._shares = np.stack(counts) / self._predicted[0].size
 
     @property
     def requires_grad(self) -> bool:
@@ -69,15 +62,16 @@ class DenseReadout:
 
     def readings(self) -> Sequence[Reading]:
         """Each class's mean logit over the input, and its share of the cells."""
-        pairs = zip(self._means, self._shares.astype(np.float32), strict=True)
-        return [Reading(kind=_KIND, scores=means, probabilities=shares) for means, shares in pairs]
+        means = widened(self._logits.detach()).flatten(2).mean(dim=2).float().cpu().numpy()
+        pairs = zip(means, self._shares.astype(np.float32), strict=True)
+        return [Reading(kind=_KIND, scores=scores, probabilities=shares) for scores, shares in pairs]
 
     def aims(self, row: int, target: Target, contrast: Contrast | None = None) -> tuple[Aim, ...]:
         """One aim for each class and its cells; see `Readout.aims`.
 
         `TopClasses` gives fewer than k where fewer classes are predicted anywhere.
         """
-        if not self._is_finite[row]:
+        if not self._logits[row].detach().isfinite().all():
             raise not_finite("logits")
         if isinstance(target.about, Difference):
             if contrast is not None:
@@ -107,6 +101,21 @@ class DenseReadout:
     def detach(self) -> None:
         """Frees the graph; readings stay."""
         self._logits = self._logits.detach()
+
+    @functools.cached_property
+    def _predicted(self) -> Int32[np.ndarray, "b *grid"]:
+        """The class of each cell, -1 for none; the host never gets the logits themselves, and scores alone not even this."""
+        logits = self._logits.detach()
+        predicted = logits.argmax(dim=1) if self._classes > 1 else -(logits[:, 0] <= 0).int()
+        found: np.ndarray = predicted.to(torch.int32).cpu().numpy()
+        return found
+
+    @functools.cached_property
+    def _shares(self) -> Float[np.ndarray, "b classes"]:
+        """Of the cells, those predicted as each class."""
+        counts = [np.bincount(row[row >= 0].ravel(), minlength=self._classes) for row in self._predicted]
+        shares: np.ndarray = np.stack(counts) / self._predicted[0].size
+        return shares
 
     def _chosen(self, row: int, target: Target) -> list[tuple[int, BoolArray]]:
         """Classes and cells that a target names."""

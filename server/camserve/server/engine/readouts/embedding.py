@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,6 @@ class EmbeddingReadout:
 
     def __init__(self, vectors: Float[Tensor, "b dimensions"]) -> None:
         self._vectors = vectors
-        self._host = vectors.detach().to("cpu", torch.float64)
 
     @property
     def requires_grad(self) -> bool:
@@ -81,6 +81,11 @@ class EmbeddingReadout:
     def detach(self) -> None:
         """Frees the graph; readings stay."""
         self._vectors = self._vectors.detach()
+
+    @functools.cached_property
+    def _host(self) -> Float[Tensor, "b dimensions"]:
+        """One copy for readings and targets, which scores alone do not need."""
+        return self._vectors.detach().to("cpu", torch.float64)
 
 
 def _unit(vector: FloatArray) -> np.ndarray:

@@ -30,11 +30,12 @@ class Aim:
         key: equal for two aims of a row exactly if their scores are the same number.
         weights: classes and the weight of each one's score in the sum, such as ((3, 1.0), (5, -0.6)).
         by_probability: the weights of the classes after the first are multiplied by their share of those classes' probabilities,
-            which is differentiated too; see `Contrast`.
+            which is differentiated too; see `Contrast` and `terms.weigh`.
         cells: of a dense output, those summed over, in the output's own shape.
         step: of a sequence.
         box: of a detector, the matched detection's box in pixels of the input: other inputs are matched to it anew.
-        detection: of a detector, the place of the matched detection in the row's own output, for the pass it was made in.
+        detection: of a detector, the place of the matched detection in the row's own output; it counts only where that box and
+            class still are in that place.
         vector: of an embedding, what the cosine is taken with.
     """
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +30,6 @@ class SequenceReadout:
 
     def __init__(self, logits: Float[Tensor, "b steps classes"]) -> None:
         self._logits = logits
-        self._host = logits.detach().to("cpu", torch.float64)
-        self._is_finite = self._host.flatten(1).isfinite().all(dim=1).tolist()
 
     @property
     def requires_grad(self) -> bool:
@@ -44,7 +43,7 @@ class SequenceReadout:
 
     def aims(self, row: int, target: Target, contrast: Contrast | None = None) -> tuple[Aim, ...]:
         """One aim for each step, in order; `Predicted` takes all steps. See `Readout.aims`."""
-        if not self._is_finite[row]:
+        if not self._host[row].isfinite().all():
             raise not_finite("logits")
         about = Steps() if isinstance(target.about, Predicted) else target.about
         if not isinstance(about, Steps):
@@ -74,6 +73,11 @@ class SequenceReadout:
     def detach(self) -> None:
         """Frees the graph; readings stay."""
         self._logits = self._logits.detach()
+
+    @functools.cached_property
+    def _host(self) -> Float[Tensor, "b steps classes"]:
+        """One copy for readings and targets, which scores alone do not need."""
+        return self._logits.detach().to("cpu", torch.float64)
 
     def _aim(
         self, row: int, target: Target, step: int, index: int, contrast: Contrast | None, rank: int, count: int
