@@ -180,6 +180,24 @@ def test_the_front_runs_once_more_for_a_shape_and_never_where_nothing_crosses() 
     assert free is last.spread(free, 1000)
 
 
+def test_values_that_are_never_read_do_not_cross() -> None:
+    """Early returns leave such values in a frozen transformer; it is cut in every layer all the same."""
+    model = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8
+    )
+    stream = io.BytesIO()
+    torch.jit.save(torch.jit.freeze(torch.jit.script(model.eval())), stream)
+    stream.seek(0)
+    program, x = load_script(stream, device=torch.device("cpu")), torch.randn(1, 3, 16, 16)
+    for tap in ("op.conv2d", "op.layer_norm#0", "op.layer_norm#1", "op.gelu#0", "op.add#2"):
+        cut = program.cut(TapName.parse(tap))
+        activation, crossing = cut.front(x)
+        rows = cut.tail(activation.expand(3, *activation.shape[1:]), cut.spread(crossing, 3))
+
+        assert torch.equal(program.run(x), cut.tail(activation, crossing))
+        assert torch.allclose(program.run(x).expand(3, -1), rows, rtol=1e-5, atol=1e-6)
+
+
 class BatchStatistics(nn.Module):
     """What crosses is a sum over the batch, or a list that is as long as the batch."""
 

@@ -233,8 +233,8 @@ def _block_outputs(block: Block) -> list[Value]:
 
 
 def _is_timeless(node: Node) -> bool:
-    """Whether a node gives the same on both sides of a cut: modules and their tensors, constants."""
-    return node.kind() in {"prim::GetAttr", "prim::Constant"}
+    """Whether a node gives the same on both sides of a cut: modules and their tensors, constants, what is never read."""
+    return node.kind() in {"prim::GetAttr", "prim::Constant", "prim::Uninitialized"}
 
 
 def _insert(graph: Graph, kind: str, inputs: Sequence[Value], *, before: Node, of_type: object = None) -> Value:
