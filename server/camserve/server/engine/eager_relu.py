@@ -115,9 +115,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             listed = ", ".join(places[:_PLACES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")
             raise Unsupported(
                 Reason.METHOD_UNSUPPORTED_BY_MODEL,
-                f"rule '{self._rule}' can change the backward of ReLU modules only in an {ProgramKind.EAGER} program, and this "
-                f"one calls a ReLU as a function: {listed}; make it an nn.ReLU, serve the model scripted or exported, where "
-                "functional calls are gated too, or use vanilla-backprop or grad-cam",
+                f"rule '{self._rule}' reaches only the ReLU modules of an {ProgramKind.EAGER} program, and this one calls a ReLU "
+                f"as a function: {listed}; make it an nn.ReLU, serve the model scripted or exported, where functional calls are "
+                "gated too, or use vanilla-backprop or grad-cam",
                 metadata={"rule": self._rule, "kind": ProgramKind.EAGER, "places": listed},
             )
         if not self._gated:

@@ -7,37 +7,23 @@ modules runs twice. `HookedProgram.cut` is the caller.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from camserve.server.engine.hooked_replay import Front, Reached, Tail
 from camserve.server.engine.hooked_rows import Copies, are_near, copies_of, doubled, shapes_of, unclear
 from camserve.server.engine.hooked_tail import Before, MoreRows, Unclear
-from camserve.server.engine.hooks import Modules, forward_replaced, handed_on, pick, plain_attention, put, tensors_of
+from camserve.server.engine.hooks import Modules, forward_replaced, plain_attention
 from camserve.server.engine.program import ProgramKind, TapName
 from camserve.server.errors import CamserveError, Reason, Unsupported
 
 __all__ = ["RerunCut"]
-
-
-class _Reached(BaseException):
-    """Ends the front at the tap. Not an `Exception`, so that no model's `except Exception` swallows it."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Start:
-    """A module call that has begun: what to compare with when it ends."""
-
-    inputs: list[Tensor]
-    versions: list[int]
-    remembered: int
-    counts: collections.Counter[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +101,13 @@ class RerunCut:
         Raises:
             Unsupported: this input does not lead to the tap.
         """
-        front = _Front(self._place, self._hooked)
+        front = Front(self._place, self._hooked)
         with torch.no_grad(), plain_attention(), contextlib.ExitStack() as hooks:
             for path, module in self._modules:
                 start = module.register_forward_pre_hook(front.starter(), with_kwargs=True)
                 hooks.callback(start.remove)
                 hooks.callback(module.register_forward_hook(front.finisher(path)).remove)
-            with contextlib.suppress(_Reached):
+            with contextlib.suppress(Reached):
                 self._module(*(tensor.clone() for tensor in inputs))
         if front.activation is None:
             raise _never_reached(self._place)
@@ -200,7 +186,7 @@ class RerunCut:
         )
 
     def _tail(self, activation: Tensor, crossing: _Crossing, mode: Before | None) -> Any:
-        tail = _Tail(self._place, activation, crossing.remembered, self._owned, mode)
+        tail = Tail(self._place, activation, crossing.remembered, self._owned, mode)
         replayed = {name.partition("#")[0] for name in crossing.remembered}
         with_grad = torch.is_grad_enabled() and activation.requires_grad
         with torch.set_grad_enabled(with_grad), plain_attention(), contextlib.ExitStack() as changes:
@@ -218,108 +204,8 @@ class RerunCut:
         return outputs
 
 
-class _Front:
-    """Watches a forward up to the place and remembers what finished before it."""
-
-    def __init__(self, place: TapName, hooked: frozenset[str]) -> None:
-        self.activation: Tensor | None = None
-        self._hooked = hooked
-        self.remembered: list[tuple[str, tuple[Any, dict[str, int]]]] = []
-        self._place = place
-        self._open: list[_Start] = []
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def starter(self) -> Callable[..., None]:
-        def start(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = tensors_of((args, kwargs))
-            versions = [tensor._version for tensor in inputs]  # noqa: SLF001 - PyTorch offers no public name for it.
-            self._open.append(_Start(inputs, versions, len(self.remembered), self._counts.copy()))
-
-        return start
-
-    def finisher(self, path: str) -> Callable[..., None]:
-        def finish(_module: nn.Module, _args: Any, output: Any) -> None:
-            begun = self._open.pop()
-            index = self._counts[path]
-            self._counts[path] += 1
-            if (path, index) == (self._place.path, self._place.call):
-                self.activation = pick(output, self._place.output).clone()
-                raise _Reached
-            if path not in self._hooked and _is_skippable(begun, output):
-                inside = self._counts - begun.counts - collections.Counter([path])
-                del self.remembered[begun.remembered :]
-                self.remembered.append((f"{path}#{index}", (_copied(output), dict(inside))))
-
-        return finish
-
-
-def _is_skippable(begun: _Start, output: Any) -> bool:
-    """Whether a call did nothing but return new tensors."""
-    results = tensors_of(output)
-    is_changed = any(
-        tensor._version != version  # noqa: SLF001
-        for tensor, version in zip(begun.inputs, begun.versions, strict=True)
-    )
-    memory = {tensor.untyped_storage().data_ptr() for tensor in begun.inputs}
-    is_shared = any(tensor.untyped_storage().data_ptr() in memory for tensor in results)
-    return bool(results) and not is_changed and not is_shared
-
-
-class _Tail:
-    """Replays what the front remembered and puts the caller's activation in its place."""
-
-    def __init__(
-        self,
-        place: TapName,
-        activation: Tensor,
-        remembered: Mapping[str, tuple[Any, Mapping[str, int]]],
-        owned: Collection[int],
-        mode: Before | None,
-    ) -> None:
-        self._owned = owned
-        self._mode = mode
-        self.is_replaced = False
-        self._place = place
-        self._activation = activation
-        self._remembered = remembered
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def replay(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def replay(*args: Any, **kwargs: Any) -> Any:
-            name = f"{path}#{self._counts[path]}"
-            if name not in self._remembered:
-                return forward(*args, **kwargs)
-            output, inside = self._remembered[name]
-            self._counts.update(inside)
-            return _copied(output)
-
-        return replay
-
-    def finisher(self, path: str) -> Callable[..., Any]:
-        def finish(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            index = self._counts[path]
-            self._counts[path] += 1
-            if (path, index) != (self._place.path, self._place.call):
-                return output
-            self.is_replaced = True
-            value = pick(output, self._place.output)
-            if isinstance(self._mode, MoreRows):  # The value has one row, and so has its memory.
-                onward = self._activation.clone() if self._mode.is_copying else self._activation
-            else:
-                onward = handed_on(self._activation, value, (args, kwargs), self._owned)
-            if self._mode is not None:
-                self._mode.reach(value, onward)
-            return put(output, self._place.output, onward)
-
-        return finish
-
-
 def _outputs_of(crossing: _Crossing) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten({name: output for name, (output, _) in crossing.remembered.items()})
-
-
-def _copied(output: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, output)
 
 
 def _never_reached(place: TapName) -> Unsupported:
