@@ -21,13 +21,14 @@ from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFai
 from camserve.server.footprint import held_bytes
 from camserve.server.intake import take_in
 from camserve.server.metrics import Metrics
+from camserve.server.models.card import ModelCard
 from camserve.server.models.repository import ServedModel
 from camserve.server.prediction import predict
 from camserve.server.queue import DeviceQueue
 from camserve.server.replies import Reply, RowForwarded
 from camserve.server.validate import most_maps
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "encoded"]
 
 _T = TypeVar("_T")
 
@@ -95,7 +96,9 @@ class Pipeline:
                 case jobs.RawMap():
                     map_seconds += outcome.device_seconds
                     with clock.stage("encode"):
-                        event = await clock.within(self._in_worker(self._encode(outcome, job, model, sample)))
+                        event = await clock.within(
+                            self._in_worker(functools.partial(encoded, outcome, job, model.card, sample))
+                        )
                     if isinstance(event, jobs.Heatmap):
                         encode_seconds += event.encode_seconds
                         self._metrics.encode_seconds.labels(event.encoding).observe(event.encode_seconds)
@@ -123,24 +126,6 @@ class Pipeline:
                 case CamserveError():
                     raise outcome
 
-    def _encode(
-        self, raw: jobs.RawMap, job: jobs.Job, model: ServedModel, sample: jobs.Sample
-    ) -> Callable[[], jobs.Heatmap | jobs.SpecFailed]:
-        spec = job.specs[raw.spec_index]
-        shape = model.card.recipe.shape
-        input_size = (shape[1], shape[2]) if len(shape) == 3 else None
-
-        def work() -> jobs.Heatmap | jobs.SpecFailed:
-            try:
-                label = model.card.label(raw.target.class_index)
-                return encode(
-                    raw, spec, label=label, geometry=sample.geometry, source=sample.source, input_size=input_size
-                )
-            except CamserveError as error:
-                return jobs.SpecFailed(spec_index=raw.spec_index, error=error.at(f"specs[{raw.spec_index}]"))
-
-        return work
-
     async def _in_worker(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
@@ -152,6 +137,23 @@ class Pipeline:
             case jobs.SpecFailed():
                 method = job.specs[event.spec_index].method
                 self._metrics.explanations.labels(job.model, method, event.error.reason).inc()
+
+
+def encoded(raw: jobs.RawMap, job: jobs.Job, card: ModelCard, sample: jobs.Sample) -> jobs.Heatmap | jobs.SpecFailed:
+    """Encodes one map as its spec asks; what cannot be sent in that form becomes the spec's failure."""
+    spec = job.specs[raw.spec_index]
+    shape = card.recipe.shape
+    try:
+        return encode(
+            raw,
+            spec,
+            label=card.label(raw.target.class_index),
+            geometry=sample.geometry,
+            source=sample.source,
+            input_size=(shape[1], shape[2]) if len(shape) == 3 else None,
+        )
+    except CamserveError as error:
+        return jobs.SpecFailed(spec_index=raw.spec_index, error=error.at(f"specs[{raw.spec_index}]"))
 
 
 class _Clock:

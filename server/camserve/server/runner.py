@@ -21,7 +21,7 @@ import structlog
 import torch
 
 from camserve.server.engine.passes import Amplification, Closed, Forwarded, Mapped, run_pass
-from camserve.server.errors import CamserveError, ExecutionFailed, Reason
+from camserve.server.failures import not_finite, row_failure
 from camserve.server.jobs import PassFacts, SpecFailed
 from camserve.server.metrics import Metrics
 from camserve.server.queue import Entry
@@ -93,7 +93,7 @@ class Runner:
             try:
                 self._pass(batch, loop)
             except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
-                failure = _failure(error, batch)
+                failure = row_failure(error, batch[0].job.model)
                 if len(batch) == 1:
                     _log.warning(
                         "row failed", request_id=batch[0].job.request_id, model=batch[0].job.model, error=repr(error)
@@ -156,7 +156,7 @@ class Runner:
         try:
             outcomes = work.finish_now() if self._is_last_call(entry, work) else work.advance()
         except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
-            failure = _failure(error, [entry])
+            failure = row_failure(error, entry.job.model)
             _log.warning(
                 "amplified work failed", request_id=entry.job.request_id, model=entry.job.model, error=repr(error)
             )
@@ -200,16 +200,7 @@ def _forwarded(event: Forwarded, batch: list[Entry], started_at: float) -> list[
         if event.finite[row]:
             letters.append((entry.reply, RowForwarded(reading=event.readings[row], started_at=started_at)))
         else:
-            letters.append(
-                (
-                    entry.reply,
-                    ExecutionFailed(
-                        Reason.MODEL_FAILED,
-                        f"model {entry.job.model!r} gave scores that are not finite for this input; nothing can be explained",
-                        metadata={"model": entry.job.model},
-                    ),
-                )
-            )
+            letters.append((entry.reply, not_finite(entry.job.model)))
     return letters
 
 
@@ -221,22 +212,3 @@ def _contained(work: Callable[[], _T]) -> _T:
         if isinstance(error, Exception) and not isinstance(error, StopIteration):
             raise
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-
-def _failure(error: BaseException, batch: list[Entry]) -> CamserveError:
-    if isinstance(error, CamserveError):
-        return error
-    model = batch[0].job.model
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        return ExecutionFailed(
-            Reason.OUT_OF_MEMORY,
-            f"the device ran out of memory for one row of model {model!r}; use a smaller input or a deeper layer",
-            metadata={"model": model},
-        )
-    first_line = str(error).strip().split("\n", 1)[0]
-    return ExecutionFailed(
-        Reason.MODEL_FAILED,
-        f"model {model!r} failed on this input: {type(error).__name__}: {first_line}",
-        metadata={"model": model},
-    )

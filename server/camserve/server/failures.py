@@ -1,0 +1,45 @@
+"""What a row's failure is to its caller, in one place for the device thread and for explanations without a server.
+
+`runner.py` and `local/` call it with whatever a model raised.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from camserve.server.errors import CamserveError, ExecutionFailed, Reason
+
+__all__ = ["not_finite", "row_failure"]
+
+
+def row_failure(error: BaseException, model: str) -> CamserveError:
+    """What is told of an error that stopped the pass of one row; memory that ran out is given back to the device.
+
+    Args:
+        error: what the pass raised; a `CamserveError` stays as it is.
+        model: name of the model.
+    """
+    if isinstance(error, CamserveError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return ExecutionFailed(
+            Reason.OUT_OF_MEMORY,
+            f"the device ran out of memory for one row of model {model!r}; use a smaller input or a deeper layer",
+            metadata={"model": model},
+        )
+    first_line = str(error).strip().split("\n", 1)[0]
+    return ExecutionFailed(
+        Reason.MODEL_FAILED,
+        f"model {model!r} failed on this input: {type(error).__name__}: {first_line}",
+        metadata={"model": model},
+    )
+
+
+def not_finite(model: str) -> CamserveError:
+    """What is told of a row whose scores are NaN or infinite."""
+    return ExecutionFailed(
+        Reason.MODEL_FAILED,
+        f"model {model!r} gave scores that are not finite for this input; nothing can be explained",
+        metadata={"model": model},
+    )
