@@ -12,7 +12,7 @@ from pathlib import Path
 
 from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, read_config, read_labels
 
-__all__ = ["ModelSource", "demo_sources", "from_flag", "scan_repository", "version_order"]
+__all__ = ["ModelSource", "demo_sources", "from_flag", "scan_model", "scan_repository", "version_order"]
 
 # In order of preference when a version folder holds several.
 _FILES = ("model.pt2", "model.pt", "weights.safetensors", "weights.pth")
@@ -48,20 +48,29 @@ def scan_repository(root: Path) -> Iterator[ModelSource]:
         raise ValueError(f"model repository {root} is not a folder")
     found = False
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        card = folder / "model.toml"
-        config = read_config(card) if card.is_file() else ModelConfig()
-        versions = sorted(
-            filter(None, (_version(folder.name, path, config) for path in folder.iterdir())),
-            key=lambda source: version_order(source.version),
-        )
-        if not versions:
-            raise ValueError(f"{folder} holds no version: expected {folder}/1/ with one of {', '.join(_FILES)}")
         found = True
-        yield versions[-1]
+        yield scan_model(folder)
     if not found:
         raise ValueError(
             f"model repository {root} holds no models: expected {root}/<name>/model.toml and <name>/1/model.pt"
         )
+
+
+def scan_model(folder: Path) -> ModelSource:
+    """Finds the newest version of one model: `<folder>/model.toml` and `<folder>/<version>/<file>`.
+
+    Raises:
+        ValueError: it holds no version, or its card is wrong.
+    """
+    card = folder / "model.toml"
+    config = read_config(card) if card.is_file() else ModelConfig()
+    versions = sorted(
+        filter(None, (_version(folder.name, path, config) for path in folder.iterdir())),
+        key=lambda source: version_order(source.version),
+    )
+    if not versions:
+        raise ValueError(f"{folder} holds no version: expected {folder}/1/ with one of {', '.join(_FILES)}")
+    return versions[-1]
 
 
 def _version(name: str, folder: Path, config: ModelConfig) -> ModelSource | None:
