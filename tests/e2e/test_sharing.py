@@ -44,6 +44,7 @@ def mixed_requests(count: int, model: str, size: int, layers: tuple[str, ...]) -
     for _ in range(count):
         method, layer, target = next(choices)
         layer = head_layer if method == "cam" else layer
+        target = None if method == "eigen-cam" else target
         tensor = TensorInput(generator.standard_normal((3, size, size)).astype(np.float32))
         specs = [
             Spec(method, layers=[layer], target=target, encoding="float32"),

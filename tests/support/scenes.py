@@ -64,6 +64,7 @@ class ModelScene:
         parameters: of the method.
         profile: whose conventions.
         chunk_rows: most rows at once.
+        tail_chunk_rows: the same for activations.
         reads: where evidence is taken.
     """
 
@@ -73,6 +74,7 @@ class ModelScene:
     parameters: Parameters = dataclasses.field(default_factory=Parameters)
     profile: Profile = Profile.PAPER
     chunk_rows: int = 5
+    tail_chunk_rows: int = 5
     reads: Reads = Reads.LAYERS
 
     @property
@@ -101,7 +103,7 @@ class ModelScene:
     @torch.no_grad()
     def tail_scores(self, activations: Tensor) -> Tensor:
         """The same from the cut on."""
-        assert len(activations) <= self.chunk_rows
+        assert len(activations) <= self.tail_chunk_rows
         return self.model.tail(activations)[:, self.class_index]
 
     def evidence(self, inputs: Tensor) -> Evidence:

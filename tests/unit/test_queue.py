@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.cards import card, job
 
-from camserve.server.jobs import Sample
+from camserve.server.jobs import Lane, Sample
 from camserve.server.models.repository import ServedModel
 from camserve.server.queue import PATIENCE_SECONDS, DeviceQueue, Entry
 from camserve.server.replies import Reply
@@ -69,10 +69,25 @@ async def test_patience_ends(queue):
     model = served(max_batch_rows=1)
     now = asyncio.get_running_loop().time()
     patient = put(queue, model)
-    later = put(queue, model, deadline=now + PATIENCE_SECONDS + 60)
-    sooner = put(queue, model, deadline=now + PATIENCE_SECONDS / 2)
+    later = put(queue, model, deadline=now + PATIENCE_SECONDS[Lane.STANDARD] + 60)
+    sooner = put(queue, model, deadline=now + PATIENCE_SECONDS[Lane.STANDARD] / 2)
 
     assert [sooner, patient, later] == [entry for _ in range(3) for entry in await queue.next_batch()]
+
+
+async def test_lanes_are_patience(queue):
+    """The interactive overtake the everyday, these the bulk; but who has waited longest goes before everybody in the end."""
+    model = served(max_batch_rows=1)
+    now = asyncio.get_running_loop().time()
+
+    def arrived(lane: Lane, seconds_ago: float) -> Entry:
+        return queue.put(job(lane=lane), model, sample(), Reply(), now - seconds_ago)
+
+    entries = {name: arrived(Lane(name), 0) for name in ("bulk", "standard", "interactive")}
+    forgotten = arrived(Lane.BULK, PATIENCE_SECONDS[Lane.BULK])
+
+    expected = [forgotten, entries["interactive"], entries["standard"], entries["bulk"]]
+    assert expected == [entry for _ in range(4) for entry in await queue.next_batch()]
 
 
 async def test_a_batch_waits_for_one_that_is_being_decoded(queue):

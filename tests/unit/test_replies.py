@@ -6,12 +6,15 @@ import threading
 import numpy as np
 
 from camserve.server.errors import ExecutionFailed, Reason
+from camserve.server.jobs import OutputKind, Reading
 from camserve.server.replies import Reply, RowForwarded, deliver
 
 
 def forwarded(value: float) -> RowForwarded:
     """A row that can be told from others."""
-    return RowForwarded(logits=np.array([value], np.float32), started_at=0.0)
+    scores = np.array([value], np.float32)
+    reading = Reading(kind=OutputKind.REGRESSION, scores=scores, probabilities=scores)
+    return RowForwarded(reading=reading, started_at=0.0)
 
 
 async def test_outcomes_come_in_order():

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.batches import make_batch
@@ -20,8 +23,9 @@ from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
-from camserve.server.jobs import OutputKind, Spec
-from camserve.server.models.card import LayerCard, MethodCard, ModelCard
+from camserve.server.jobs import FloatArray, OutputKind, Spec
+from camserve.server.models.card import ExtraInput, LayerCard, MethodCard, ModelCard
+from camserve.server.models.config import ExtraConfig, read_phrases
 from camserve.server.models.method_cards import method_cards
 from camserve.server.models.presets import with_published_preset
 from camserve.server.models.repository import ServedModel
@@ -53,8 +57,9 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
     recipe = config.recipe()
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     noise = torch.randn((_PROBE_ROWS, *recipe.shape), generator=generator).to(program.device, program.dtype)
-    kind = OutputKind(config.output.kind)
-    report = probe(program, noise, output_path=config.output.path)
+    extras = [_extra_noise(extra, generator, program) for extra in config.input.extra.values()]
+    kind = config.output.kind
+    report = probe(program, noise, extras=extras, output_path=config.output.path, output_kind=kind)
     _check_fit(source, report)
     rows = min(max_batch_rows, config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
     pass_model = PassModel(
@@ -65,12 +70,14 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         head=report.head,
         head_layer=report.head_layer,
         output_path=config.output.path,
+        phrases=_phrases(source, report.classes),
         max_rows=rows,
         static_rows=report.static_batch,
     )
-    methods = method_cards(pass_model, [make_batch(noise, report.static_batch or 1)], report)
+    inputs = (noise, *extras)
+    methods = method_cards(pass_model, [make_batch(value, report.static_batch or 1) for value in inputs], report)
     default_layer = config.default_layer or report.default_layer
-    _warm_up(pass_model, noise, report.static_batch or rows, default_layer, methods)
+    _warm_up(pass_model, inputs, report.static_batch or rows, default_layer, methods)
     digests = program.digests()
     factory = config.factory
     notes = [*report.notes]
@@ -80,7 +87,7 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         name=source.name,
         version=source.version,
         labels=config.labels,
-        class_count=report.classes,
+        class_count=report.classes or len(config.labels),
         recipe=recipe,
         kind=program.kind.value,
         device=str(program.device),
@@ -96,6 +103,12 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         rows_independent=report.rows_independent,
         warm_up_seconds=time.perf_counter() - started,
         notes=tuple(notes),
+        output_kind=kind,
+        stages=report.stages,
+        phrases=tuple(pass_model.phrases),
+        extra_inputs=tuple(
+            ExtraInput(name=name, shape=extra.shape, dtype=extra.dtype) for name, extra in config.input.extra.items()
+        ),
     )
     return ServedModel(card=card, pass_model=pass_model)
 
@@ -129,12 +142,14 @@ def _program(source: ModelSource, device: torch.device) -> Program:
 
 def _check_fit(source: ModelSource, report: ProbeReport) -> None:
     config = source.config
-    if report.classes == 0:
+    # How many classes a detector tells apart its outputs do not say.
+    is_counted = config.output.kind is not OutputKind.DETECTION
+    if is_counted and report.classes == 0:
         raise ValueError(
-            f"model {source.name!r} does not return one row of class scores for each image; "
-            "set output.path in model.toml if it returns a dict or a tuple that holds them"
+            f"model {source.name!r} does not return what its kind of output, {config.output.kind}, is read from; "
+            "set output.kind in model.toml if it is of another, output.path if it returns a dict or a tuple that holds it"
         )
-    if config.labels and len(config.labels) != report.classes:
+    if is_counted and config.labels and len(config.labels) != report.classes:
         raise ValueError(
             f"model {source.name!r} has {report.classes} classes, but its card has {len(config.labels)} labels; "
             "write one label for each class, in order of class index, or none"
@@ -162,14 +177,39 @@ def _layer_card(layer: LayerReport) -> LayerCard:
     )
 
 
+def _phrases(source: ModelSource, dimensions: int) -> Mapping[str, FloatArray]:
+    """The phrases that text targets may name."""
+    if not source.config.output.phrases:
+        return {}
+    phrases = read_phrases(Path(source.config.output.phrases))
+    found = len(next(iter(phrases.values())))
+    if found != dimensions:
+        raise ValueError(
+            f"model {source.name!r} embeds in {dimensions} dimensions, but its phrases have {found}; embed them with the text "
+            "tower that belongs to it"
+        )
+    return phrases
+
+
+def _extra_noise(extra: ExtraConfig, generator: torch.Generator, program: Program) -> Tensor:
+    """Noise for a further input; ones where it takes whole numbers, which may be indices."""
+    dtype = getattr(torch, extra.dtype)
+    shape = (_PROBE_ROWS, *extra.shape)
+    value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.ones(shape)
+    return value.to(program.device, program.dtype if dtype.is_floating_point else dtype)
+
+
 def _warm_up(
-    model: PassModel, noise: torch.Tensor, rows: int, default_layer: str, methods: tuple[MethodCard, ...]
+    model: PassModel, inputs: Sequence[Tensor], rows: int, default_layer: str, methods: tuple[MethodCard, ...]
 ) -> None:
     """Runs the pass that requests will run, at the smallest and the largest size, so that the first caller pays for nothing."""
-    usual = (METHODS[card.slug] for card in methods if card.works and not card.only_layers)
-    slug = next((method.slug for method in usual if isinstance(method.arithmetic, Layerwise)), None)
-    spec = None if slug is None else Spec(index=0, method=slug, layers=(default_layer,))
-    for size in sorted({1, rows}) if rows > 1 else [1]:
-        batch = noise[:1].expand(size, *noise.shape[1:]).contiguous()
-        for _ in run_pass(model, batch, [(spec,) if spec else ()] * size):
+    # A detector or an embedding has no target without a request.
+    has_target = model.kind not in (OutputKind.DETECTION, OutputKind.EMBEDDING)
+    works = (METHODS[card.slug] for card in methods if card.works and not card.only_layers)
+    usual = (method for method in works if isinstance(method.arithmetic, Layerwise))
+    method = next((method for method in usual if method.has_target is has_target), None)
+    spec = None if method is None else Spec(index=0, method=method.slug, layers=(default_layer,))
+    for size in sorted({1, rows}) if rows > 1 and model.static_rows is None else [rows]:
+        batch, *extras = (make_batch(value[:1], size) for value in inputs)
+        for _ in run_pass(model, batch, [(spec,) if spec else ()] * size, extras=extras):
             pass

@@ -78,8 +78,8 @@ def _ablate(
     score = scene.score
     drops = torch.zeros(0, dtype=torch.float64, device=activation.device)
     # Filled anew for each chunk, since the model may write into what it is given, but allocated once, which takes longer.
-    copies = activation.repeat(min(len(channels), scene.chunk_rows), *[1] * (activation.ndim - 1))
-    for chunk in chunks(len(channels), scene.chunk_rows):
+    copies = activation.repeat(min(len(channels), scene.tail_chunk_rows), *[1] * (activation.ndim - 1))
+    for chunk in chunks(len(channels), scene.tail_chunk_rows):
         places = torch.arange(chunk.start, chunk.stop, device=activation.device)
         ablated = copies[: len(places)].copy_(activation)
         fill = values(places).to(ablated.dtype).reshape(-1, *[1] * (activation.ndim - 2))

@@ -124,8 +124,8 @@ class Step:
 class Scene(Protocol):
     """One row with one target at one layer, for a method that has to try things out on the model.
 
-    Everything is on the model's device. Batches handed in may have any number of rows up to `chunk_rows`; each row counts as one
-    unit of work. Nothing is kept between calls but what the attributes say.
+    Everything is on the model's device. Batches handed in may have any number of rows up to `chunk_rows`; each is one unit of
+    work. They are not kept: a method may fill the same tensor again. Nothing else is kept between calls but what the attributes say.
     """
 
     @property
@@ -151,6 +151,11 @@ class Scene(Protocol):
     @property
     def chunk_rows(self) -> int:
         """Most rows that may be tried at once; a method yields after each such chunk."""
+        ...
+
+    @property
+    def tail_chunk_rows(self) -> int:
+        """The same for activations: what lies behind a layer is shorter than the whole, so there may be more."""
         ...
 
     @property
