@@ -72,7 +72,7 @@ def test_the_further_inputs_are_those_of_the_card():
         assert told in error.message
     for changed in ({"shape": (1,)}, {"data": b"short"}):
         error = refusal(job(extra_inputs={"mask": dataclasses.replace(SMALL, **changed)}), TWO_INPUTS)
-        assert (Reason.TENSOR_MISMATCH, 'extra_inputs["mask"]') == (error.reason, error.field)
+        assert (Reason.TENSOR_MISMATCH, "extra_inputs[mask]") == (error.reason, error.field)
 
 
 def test_a_tensor_has_no_region_of_interest():

@@ -369,7 +369,7 @@ BAD = {
     "no data type": (request(tensor={"shape": [1]}), "tensor.data_type"),
     "no data type of a further input": (
         request(extra_inputs={"mask": input_pb2.Tensor(shape=[1])}),
-        'extra_inputs["mask"].data_type',
+        "extra_inputs[mask].data_type",
     ),
     "empty region of interest": (request(region_of_interest={"width_pixels": 1}), "region_of_interest.height_pixels"),
     "region of interest left of the source": (

@@ -103,7 +103,7 @@ def _check_extra_inputs(job: jobs.Job, card: ModelCard) -> None:
             metadata={"sent": sent, "expected": takes, "model": card.name},
         )
     for name, tensor in job.extra_inputs.items():
-        field = f'extra_inputs["{name}"]'
+        field = f"extra_inputs[{name}]"
         if tensor.shape != wanted[name].shape:
             raise InvalidRequest(
                 Reason.TENSOR_MISMATCH,

@@ -78,7 +78,7 @@ def job_from_request(
         labels=dict(request.labels),
         caller=caller,
         extra_inputs={
-            name: read_tensor(tensor, f'extra_inputs["{name}"]') for name, tensor in request.extra_inputs.items()
+            name: read_tensor(tensor, f"extra_inputs[{name}]") for name, tensor in request.extra_inputs.items()
         },
         region_of_interest=_region_of_interest(request.region_of_interest)
         if request.HasField("region_of_interest")
