@@ -19,6 +19,7 @@ import numpy as np
 
 from camserve.client import words
 from camserve.client.boxes import Box
+from camserve.client.cli_local import client_for, local_options
 from camserve.client.cli_models import server_option, told_briefly
 from camserve.client.cli_specs import BOX, spec_options, specs
 from camserve.client.errors import CamserveError
@@ -40,11 +41,12 @@ Examples:
   camserve explain part.png --target scratch --against good    why this class rather than that?
   camserve explain part.png --polarity against --score rest    what speaks against the prediction?
   camserve explain part.png --sweep --out maps                 what each stage of the model looks at
-  camserve explain part.png --regions 0.5 | jq .heatmaps[].regions
+  camserve explain part.png --regions 0.5 | jq '.heatmaps[].regions'
   camserve explain part.png -m rise --samples 500 --seed 7 --allow-partial --lane bulk
   camserve explain part.png -m smoothgrad --saliency gray --out maps
   camserve explain road.jpg --model seg --point 320,200        why this class, here?
   camserve explain road.jpg --model detector --box 40,60,120,90
+  camserve explain part.png --local part.pt --labels labels.txt    without a server
   cat part.png | camserve explain - | jq .prediction
 """
 
@@ -52,6 +54,7 @@ Examples:
 @click.command(epilog=_EXAMPLES)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER|GLOB|-...")
 @server_option
+@local_options
 @click.option("--model", help="Name of the model; may be left out when the server has only one.")
 @click.option("--version", "model_version", help="Version of the model; without it the newest that is ready.")
 @spec_options
@@ -100,7 +103,7 @@ def explain(
     files = find_images(images, excluded=out)
     if not files:
         raise click.UsageError(f"no images in {', '.join(images)}")
-    with told_briefly(server), Client(server, timeout=options["timeout"]) as client:
+    with told_briefly(server), client_for(server, options) as client:
         name = model or _only_model(client)
         # Also says once, and not for each image, that there is no such model.
         card = client.model(name, options["model_version"])
