@@ -192,7 +192,7 @@ def test_a_model_without_class_scores_is_refused(folder):
     """A map of scores for each pixel is no row of class scores."""
     said = refused(script_source("segments", Segments(), folder))
 
-    assert "does not return one row of class scores for each image" in said
+    assert "does not return what its kind of output, classification, is read from" in said
     assert "output.path" in said
 
 
