@@ -93,9 +93,14 @@ def sources(folder: Path) -> list[ModelSource]:
         _exported("pooled", networks.network(networks.Pooled), folder),
         _made("flattened", "flattened", networks.SIDE),
         _scripted("residual", networks.network(networks.Residual), folder),
-        _made("transformer", "transforming", networks.TRANSFORMER.side),
+        transformer_source(),
         _scripted("loud", networks.network(networks.loud), folder),
     ]
+
+
+def transformer_source() -> ModelSource:
+    """The model `transformer`, for methods that read attention."""
+    return _made("transformer", "transforming", networks.TRANSFORMER.side)
 
 
 def _scripted(name: str, net: torch.nn.Module, folder: Path) -> ModelSource:

@@ -54,6 +54,17 @@ def test_grad_cam_plus_plus_is_equation_19(served: Served, case: Case) -> None:
     assert relative(of_torchcam.RAW["grad-cam++"](question), np.maximum(served_map, 0)) > APART
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("method", ["grad-cam", "hirescam", "layercam"])
+def test_profiles_agree_where_libraries_follow_the_paper(served: Served, case: Case, method: str) -> None:
+    """No constant in a denominator, no difference: not a bit."""
+    question = case.question(0)
+
+    np.testing.assert_array_equal(
+        ours(served, case, question, method), ours(served, case, question, method, profile="pytorch-grad-cam")
+    )
+
+
 def test_epsilons_do_not_matter_where_scores_are_large(served: Served) -> None:
     """Loud scores bring the paper's Grad-CAM++ and pytorch-grad-cam's together."""
     question = LOUD.question(0)
