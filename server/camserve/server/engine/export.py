@@ -83,10 +83,8 @@ class ExportProgram(HookedProgram):
             )
         return biases_of_graph(self._unflattened, self._flat)
 
-    def cut(self, tap: TapName) -> Cut:
-        """Cuts at one tap, into two graphs where that can be done. Raises as `capture` does, and as `calls`."""
-        self.calls()
-        place = self._place(tap)
+    def _cut_at(self, place: TapName) -> Cut:
+        """Two graphs where that can be done."""
         if self._flat is None:
             return self._cut_by_rerun(place)
         return ExportCut(self._unflattened, self._flat, place, functools.partial(self._cut_by_rerun, place))

@@ -25,6 +25,7 @@ from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
 __all__ = ["HookedProgram"]
 
 _NAMES_IN_A_MESSAGE = 12
+_CUTS_KEPT = 32
 
 
 class HookedProgram(abc.ABC):
@@ -64,6 +65,7 @@ class HookedProgram(abc.ABC):
         self._device = device
         self._dtype = dtype
         self._calls: tuple[Call, ...] | None = None
+        self._cuts: collections.OrderedDict[TapName, Cut] = collections.OrderedDict()
 
     @property
     def kind(self) -> ProgramKind:
@@ -101,6 +103,10 @@ class HookedProgram(abc.ABC):
     def digests(self) -> Digests:
         """What the program is: its weights as held here (device and dtype applied), and its code."""
         return digest_tensors(self.tensors(), self._code)
+
+    def quick(self, *inputs: Tensor) -> Any:
+        """As `run`: Python modules are run as they are."""
+        return self.run(*inputs)
 
     def run(self, *inputs: Tensor) -> Any:
         """One forward without grad; the inputs are not changed."""
@@ -169,7 +175,17 @@ class HookedProgram(abc.ABC):
     def cut(self, tap: TapName) -> Cut:
         """Cuts at one tap; see `rerun.py` for what the tail costs. Raises as `capture` does, and as `calls`."""
         self.calls()
-        return self._cut_by_rerun(self._place(tap))
+        place = self._place(tap)
+        # What a cut has learnt about its first run is worth keeping: it took several forwards.
+        if place not in self._cuts:
+            self._cuts[place] = self._cut_at(place)
+            if len(self._cuts) > _CUTS_KEPT:
+                self._cuts.popitem(last=False)
+        self._cuts.move_to_end(place)
+        return self._cuts[place]
+
+    def _cut_at(self, place: TapName) -> Cut:
+        return self._cut_by_rerun(place)
 
     def _cut_by_rerun(self, place: TapName) -> RerunCut:
         return RerunCut(self._kind, self._module, self._modules, place, owned=self._owned)

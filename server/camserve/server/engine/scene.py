@@ -102,7 +102,9 @@ class RowScene:
 
     def scores(self, inputs: Float[Tensor, "n channels *input"]) -> Float[Tensor, "n"]:
         """The target's score for other inputs, without grad."""
-        return self._in_parts(inputs, lambda part: self._read(self._model.program.run(*self._with_extras(part)), part))
+        return self._in_parts(
+            inputs, lambda part: self._read(self._model.program.quick(*self._with_extras(part)), part)
+        )
 
     def tail_scores(self, activations: Float[Tensor, "n c *space"]) -> Float[Tensor, "n"]:
         """The target's score with the layer's activation replaced; only what lies behind the layer is run."""

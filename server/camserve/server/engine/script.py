@@ -28,6 +28,7 @@ from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Captur
 from camserve.server.engine.script_attention import attention_graph, attentions_among
 from camserve.server.engine.script_biases import biases_of
 from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
+from camserve.server.engine.script_quick import QuickForm
 from camserve.server.engine.script_rules import ruled_graph
 from camserve.server.engine.script_spread import Ambiguous, Crossing, Growth, grown, growth_of
 from camserve.server.engine.script_taps import CutGraphs, Pick, cut_graphs
@@ -110,6 +111,7 @@ class ScriptProgram:
         self._plain = Form(graphs.marked_graph(self._archive, device, dtype), self._modules)
         self._forms: dict[tuple[BackwardRule, bool], Form] = {}
         self._biases: Mapping[TapName, Tensor] | None = None
+        self._quick: QuickForm | None = None
         self._copies_inputs = self._plain.writes_inputs
         self._cuts: collections.OrderedDict[tuple[bool, Pick], ScriptCut] = collections.OrderedDict()
 
@@ -153,6 +155,12 @@ class ScriptProgram:
         """One forward without grad; the inputs are not changed."""
         with torch.no_grad():
             return self._call(self._plain.plain, self._arranged(inputs))
+
+    def quick(self, *inputs: Tensor) -> Any:
+        """As `run`, by a folded and fused copy made at first use; see `script_quick.py`."""
+        if self._quick is None:
+            self._quick = QuickForm(self._archive, self._device, self._dtype)
+        return self._quick.run(self._arranged(inputs), lambda: self.run(*inputs))
 
     def capture(
         self,
