@@ -42,6 +42,8 @@ def raw(kind: Callable[..., Any], question: Question, target: Callable[..., Any]
 
     extractor.get_cam_image = keep
     extractor(question.image.clone(), [target or ClassifierOutputTarget(question.class_index)], **call)
+    # Its release detaches gradients in place, which raises where they are views.
+    extractor.activations_and_grads.gradients = []
     extractor.activations_and_grads.release()
     return np.asarray(kept[0][0])
 

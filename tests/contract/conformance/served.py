@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ class Asked:
     has_layers: bool = True
     has_target: bool = True
 
-    def to_proto(self, question: Question) -> spec_pb2.Spec:
+    def to_proto(self, question: Question, layers: Sequence[str]) -> spec_pb2.Spec:
         """The message."""
         message = Spec(
             self.method,
-            layers=question.layers if self.has_layers else (),
+            layers=layers if self.has_layers else (),
             target=question.class_index if self.has_target else None,
             profile=self.profile,
             encoding="float32",
@@ -72,17 +72,18 @@ class Served:
 
     client: Client
 
-    def heatmaps(self, network: str, question: Question, asked: Asked) -> tuple[Heatmap, ...]:
-        """Every map of one spec."""
-        answer = self.client.explain(
-            TensorInput(question.image[0].numpy()), model=network, specs=[asked.to_proto(question)]
-        )
+    def heatmaps(
+        self, network: str, question: Question, asked: Asked, layers: Sequence[str] | None = None
+    ) -> tuple[Heatmap, ...]:
+        """Every map of one spec, at the question's layers unless others are named."""
+        spec = asked.to_proto(question, question.layers if layers is None else layers)
+        answer = self.client.explain(TensorInput(question.image[0].numpy()), model=network, specs=[spec])
         answer.raise_for_errors()
         return answer.heatmaps
 
-    def map(self, network: str, question: Question, asked: Asked) -> Array:
+    def map(self, network: str, question: Question, asked: Asked, layers: Sequence[str] | None = None) -> Array:
         """The only map: (h w), or (c h w) where it has channels, as libraries order them."""
-        (heatmap,) = self.heatmaps(network, question, asked)
+        (heatmap,) = self.heatmaps(network, question, asked, layers)
         values = np.asarray(heatmap.values)
         return values.transpose(2, 0, 1) if values.ndim == 3 else values
 

@@ -266,6 +266,16 @@ def test_legrad_takes_the_models_own_score(served: Served) -> None:
     assert relative(of_torchcam.RAW["legrad"](dataclasses.replace(question, layers=blocks)), served_map) > APART
 
 
+def test_hirescam_is_rounding_before_a_transformers_last_block(served: Served) -> None:
+    """Patches are read through a layer normalisation there: a longer token changes nothing, so that g and A are orthogonal."""
+    question = dataclasses.replace(TRANSFORMER.question(0), layers=("encoder.layers.encoder_layer_1",))
+
+    left = ours(served, TRANSFORMER, question, "hirescam")
+    parts = ours(served, TRANSFORMER, question, "grad-cam-elementwise")
+
+    assert np.abs(left).max() < 1e-4 * parts.max()
+
+
 def weights_of(case: Case, values: Array) -> Array:
     """The channel weights that make a map of a layer with more cells than channels."""
     activation = formulas.witness(case.question(0)).activation
