@@ -114,8 +114,9 @@ class PassGraph:
                     continue
                 found[tap] = torch.zeros_like(activation)
                 if gradient.requires_grad:
+                    # Retained: further gradients, also other callers', go through the same forward.
                     (product,) = torch.autograd.grad(
-                        gradient, [activation], grad_outputs=activation.detach(), allow_unused=True
+                        gradient, [activation], grad_outputs=activation.detach(), retain_graph=True, allow_unused=True
                     )
                     found[tap] = found[tap] if product is None else product
             except RuntimeError as error:
