@@ -134,4 +134,5 @@ def test_detections_lie_on_the_source() -> None:
     assert [(9, "", 0.5, Box(4, 0, 12, 8)), (1, "dog", 0.25, Box(0, 0, 8, 8))] == [
         (one.class_index, one.label, one.score, one.box) for one in prediction.detections
     ]
-    assert [Box(2, 0, 6, 4), Box(0, 0, 4, 4)] == [one.box for one in predict(reading, card(), 1, None).detections]
+    assert [Box(2, 0, 6, 4), Box(0, 0, 4, 4)] == [one.box for one in predict(reading, card(), 2, None).detections]
+    assert [Box(2, 0, 6, 4)] == [one.box for one in predict(reading, card(), 1, None).detections]

@@ -128,7 +128,11 @@ class App:
             if self._is_draining:
                 return
             load = functools.partial(
-                load_model, source, device=self.device, max_batch_rows=self.settings.max_batch_rows
+                load_model,
+                source,
+                device=self.device,
+                max_batch_rows=self.settings.max_batch_rows,
+                max_maps=self.settings.max_maps,
             )
             try:
                 served = await self._runner.call(load)

@@ -18,12 +18,12 @@ def predict(reading: Reading, card: ModelCard, top_k: int, geometry: Geometry | 
 
     Classes come best first, ties by lower index: by logit, or by their share of the cells of a segmentation. The values of a
     regression come all of them, in their own order and with probability 0; of a sequence the best class of each step.
-    Detections come all of them, best first, with boxes on the source.
+    Detections come best first, with boxes on the source.
 
     Args:
         reading: finite.
         card: for the labels.
-        top_k: how many classes at most.
+        top_k: how many classes or detections at most.
         geometry: how the input lies on the source; None for tensors, whose boxes stay as they are.
     """
     match reading.kind:
@@ -33,7 +33,7 @@ def predict(reading: Reading, card: ModelCard, top_k: int, geometry: Geometry | 
                     dataclasses.replace(
                         found, box=box_on_source(found.box, geometry), label=card.label(found.class_index)
                     )
-                    for found in reading.detections
+                    for found in reading.detections[:top_k]
                 )
             )
         case OutputKind.EMBEDDING:

@@ -16,6 +16,7 @@ from camserve.server.engine.passes import Closed, Forwarded, Mapped, PassModel, 
 from camserve.server.engine.probe import probe
 from camserve.server.errors import ExecutionFailed, InvalidRequest, NotFound, Reason, Unsupported
 from camserve.server.jobs import (
+    ClassesAbove,
     ClassIndex,
     Fusion,
     MapFlag,
@@ -604,3 +605,15 @@ def test_specs_must_be_as_many_as_rows(model: PassModel) -> None:
     """Nothing is truncated."""
     with pytest.raises(ValueError, match="1 rows of specs for a batch of 2"):
         next(run_pass(model, images(2), [(spec(),)]))
+
+
+def test_more_maps_than_the_server_makes_fail_the_spec_alone(model: PassModel) -> None:
+    """Where only the outputs tell how many maps a target gives, the limit is held once they are there."""
+    rows = [(spec(0, target=Target(about=ClassesAbove(0.0))), spec(1))]
+
+    found = results(run_pass(dataclasses.replace(model, max_maps=CLASSES - 1), images(1), rows))
+
+    error = failure(found[0, 0][0])
+    assert isinstance(error, InvalidRequest)
+    assert (Reason.TOO_MANY_SPECS, f"{CLASSES} maps" in str(error)) == (error.reason, True)
+    assert isinstance(found[0, 1][0], RawMap)

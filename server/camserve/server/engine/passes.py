@@ -131,7 +131,8 @@ def run_pass(
     is_finite = np.asarray([_is_finite(reading) for reading in readings])
     yield Forwarded(readings=readings, finite=is_finite, forward_seconds=forward.seconds)
 
-    asks, more_failures = settle(asks, refusals, Aimer(model, graph), [bool(finite) for finite in is_finite])
+    usable = [bool(finite) for finite in is_finite]
+    asks, more_failures = settle(asks, refusals, Aimer(model, graph), usable, model.max_maps)
     for failure in failures + more_failures:
         if is_wanted(failure.row):
             yield Mapped(row=failure.row, result=failure.spec_failed)

@@ -26,7 +26,7 @@ from camserve.server.engine.head import LinearHead
 from camserve.server.engine.layout import Layout
 from camserve.server.engine.program import ATTENTION, INPUT, BackwardRule, Program, TapName
 from camserve.server.engine.readouts import Aim
-from camserve.server.errors import CamserveError, ExecutionFailed, Reason, Unsupported
+from camserve.server.errors import CamserveError, ExecutionFailed, InvalidRequest, Reason, Unsupported
 from camserve.server.jobs import FloatArray, OutputKind, ResolvedTarget, Score, Spec, SpecFailed, Target
 
 __all__ = ["Aiming", "Ask", "Failure", "PassModel", "check", "distinct_aims", "fresh", "rule_of", "settle"]
@@ -51,6 +51,7 @@ class PassModel:
         output_path: where in the model's output the card looks; see `readouts.select_output`.
         phrases: vectors of the phrases that text targets may name.
         max_rows: most rows in one forward, also of an amplified method.
+        max_maps: most maps of one spec, where only the outputs tell how many there are.
         static_rows: the only number of rows the program takes, or None.
         whole_batch_maps: whether raw maps are computed for the whole batch at once rather than for one row; None takes rows on
             the CPU, where arithmetic costs most, and the batch elsewhere, where launching does. Last bits may differ.
@@ -65,6 +66,7 @@ class PassModel:
     output_path: str = ""
     phrases: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     max_rows: int = 8
+    max_maps: int = 128
     static_rows: int | None = None
     whole_batch_maps: bool | None = None
 
@@ -140,7 +142,11 @@ def check(model: PassModel, specs: Iterable[tuple[int, Spec]]) -> tuple[list[Ask
 
 
 def settle(
-    asks: Iterable[Ask], refusals: Mapping[TapName, CamserveError], aimer: Aiming, is_finite: Sequence[bool]
+    asks: Iterable[Ask],
+    refusals: Mapping[TapName, CamserveError],
+    aimer: Aiming,
+    is_finite: Sequence[bool],
+    max_maps: int,
 ) -> tuple[list[Ask], list[Failure]]:
     """Names what each ask is about.
 
@@ -149,6 +155,7 @@ def settle(
         refusals: taps that the program would not capture.
         aimer: knows the outputs.
         is_finite: whether all of a row's outputs are; there is nothing to explain about a row of others.
+        max_maps: most of one spec.
     """
     settled, failures = [], []
     for ask in asks:
@@ -161,7 +168,15 @@ def settle(
                     Reason.MODEL_FAILED,
                     "the model's outputs for this input are NaN or infinite: nothing can be explained",
                 )
-            settled.append(dataclasses.replace(ask, aims=_aims(ask, aimer)))
+            aims = _aims(ask, aimer)
+            if len(aims) > max_maps:
+                raise InvalidRequest(
+                    Reason.TOO_MANY_SPECS,
+                    f"the target gives {len(aims)} maps for this input, more than the {max_maps} this server makes; ask about fewer "
+                    "steps, classes or detections",
+                    metadata={"maps": len(aims), "limit": max_maps},
+                )
+            settled.append(dataclasses.replace(ask, aims=aims))
         except CamserveError as error:
             failures.append(_failure(ask.row, ask.spec, error))
     return settled, failures

@@ -19,6 +19,7 @@ from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.batches import make_batch
 from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
+from camserve.server.engine.layout import LayoutKind
 from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
@@ -36,15 +37,22 @@ __all__ = ["load_model"]
 # Noise only shows shapes and dependencies; a fixed seed keeps load-time facts the same from start to start.
 _PROBE_SEED = 0
 _PROBE_ROWS = 2
+_BEHIND_PATCHES = (
+    "no score depends on any patch of it, so that every gradient there is zero: behind it the model reads other tokens only, "
+    "such as the class token; methods without a gradient, such as eigen-cam and score-cam, give a map here"
+)
 
 
-def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int) -> ServedModel:
+def load_model(
+    source: ModelSource, *, device: torch.device, max_batch_rows: int, max_maps: int = 128
+) -> ServedModel:
     """Loads one version of one model.
 
     Args:
         source: where it is and what its card says.
         device: where it will run.
         max_batch_rows: the server's limit; the card and the probe may lower it.
+        max_maps: the server's limit, for targets whose number of maps only the outputs tell.
 
     Raises:
         ValueError: the file, the card and the model do not fit together; the text says how.
@@ -72,6 +80,7 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         output_path=config.output.path,
         phrases=_phrases(source, report.classes),
         max_rows=rows,
+        max_maps=max_maps,
         static_rows=report.static_batch,
     )
     inputs = (noise, *extras)
@@ -92,7 +101,7 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         kind=program.kind.value,
         device=str(program.device),
         dtype=str(program.dtype).removeprefix("torch."),
-        layers=tuple(_layer_card(layer) for layer in report.layers),
+        layers=tuple(_layer_card(layer, report) for layer in report.layers),
         default_layer=default_layer,
         methods=methods,
         weights_sha256=digests.weights,
@@ -165,8 +174,12 @@ def _check_fit(source: ModelSource, report: ProbeReport) -> None:
         )
 
 
-def _layer_card(layer: LayerReport) -> LayerCard:
+def _layer_card(layer: LayerReport, report: ProbeReport) -> LayerCard:
     layout = layer.layout
+    # Of tokens alone: a convolution that noise leaves without a gradient may have one for pictures.
+    is_behind = layout is not None and layout.kind is LayoutKind.TOKENS and layer.has_gradient is False
+    # Where no layer has any, as in front of an untrained head of zeros, that says nothing of this one.
+    is_behind = is_behind and any(other.has_gradient for other in report.layers)
     return LayerCard(
         name=layer.name,
         spellings=layer.spellings,
@@ -174,6 +187,7 @@ def _layer_card(layer: LayerReport) -> LayerCard:
         layout=layout.kind.value if layout else "",
         map_shape=layout.grid if layout else (),
         refusal=layer.refusal,
+        gradient_refusal=_BEHIND_PATCHES if is_behind else "",
     )
 
 
@@ -181,14 +195,7 @@ def _phrases(source: ModelSource, dimensions: int) -> Mapping[str, FloatArray]:
     """The phrases that text targets may name."""
     if not source.config.output.phrases:
         return {}
-    phrases = read_phrases(Path(source.config.output.phrases))
-    found = len(next(iter(phrases.values())))
-    if found != dimensions:
-        raise ValueError(
-            f"model {source.name!r} embeds in {dimensions} dimensions, but its phrases have {found}; embed them with the text "
-            "tower that belongs to it"
-        )
-    return phrases
+    return read_phrases(Path(source.config.output.phrases), dimensions)
 
 
 def _extra_noise(extra: ExtraConfig, generator: torch.Generator, program: Program) -> Tensor:
