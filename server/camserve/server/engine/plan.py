@@ -172,8 +172,8 @@ def settle(
             if len(aims) > max_maps:
                 raise InvalidRequest(
                     Reason.TOO_MANY_SPECS,
-                    f"the target gives {len(aims)} maps for this input, more than the {max_maps} this server makes; ask about fewer "
-                    "steps, classes or detections",
+                    f"the target gives {len(aims)} maps for this input, more than the {max_maps} this server makes; ask about "
+                    "fewer steps, classes or detections",
                     metadata={"maps": len(aims), "limit": max_maps},
                 )
             settled.append(dataclasses.replace(ask, aims=aims))
