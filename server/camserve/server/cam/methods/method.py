@@ -125,7 +125,8 @@ class Scene(Protocol):
     """One row with one target at one layer, for a method that has to try things out on the model.
 
     Everything is on the model's device. Batches handed in may have any number of rows up to `chunk_rows`; each is one unit of
-    work. They are not kept: a method may fill the same tensor again. Nothing else is kept between calls but what the attributes say.
+    work. They are not kept: a method may fill the same tensor again. Nothing else is kept between calls but what the attributes
+    say.
     """
 
     @property
