@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from camserve.server.engine.look import message_of
 from camserve.server.errors import CamserveError, ExecutionFailed, Reason
 
 __all__ = ["not_finite", "row_failure"]
@@ -28,10 +29,9 @@ def row_failure(error: BaseException, model: str) -> CamserveError:
             f"the device ran out of memory for one row of model {model!r}; use a smaller input or a deeper layer",
             metadata={"model": model},
         )
-    first_line = str(error).strip().split("\n", 1)[0]
     return ExecutionFailed(
         Reason.MODEL_FAILED,
-        f"model {model!r} failed on this input: {type(error).__name__}: {first_line}",
+        f"model {model!r} failed on this input: {type(error).__name__}: {message_of(error)}",
         metadata={"model": model},
     )
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 
 from camserve.server import jobs
-from camserve.server.cam.methods import METHODS
+from camserve.server.cam.methods import METHODS, Need
 from camserve.server.errors import InvalidRequest, NotFound, Reason, Unsupported
 from camserve.server.method_rules import check_method, maps_for_each_target
 from camserve.server.models.card import ExtraInput, ModelCard
@@ -150,6 +150,14 @@ def _check_layer(name: str, spec: jobs.Spec, card: ModelCard, field: str) -> Non
             f"{_near(card.default_layer, card)}",
             field=field,
             metadata={"layer": name, "model": card.name},
+        )
+    if layer.gradient_refusal and METHODS[spec.method].needs & {Need.GRADIENT, Need.CURVATURE}:
+        raise Unsupported(
+            Reason.LAYER_UNUSABLE,
+            f"{spec.method} gives no map at layer {name!r} of model {card.name!r}: {layer.gradient_refusal}; "
+            f"{_near(card.default_layer, card)}",
+            field=field,
+            metadata={"method": spec.method, "layer": name, "model": card.name},
         )
     method = card.method(spec.method)
     if method is not None and method.only_layers and name not in method.only_layers:

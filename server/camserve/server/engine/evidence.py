@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -59,7 +60,7 @@ def evidence_at(
             input_gradient = differentiable(found[rule], INPUT)[rows]
     if layout is None and tap != INPUT and tap.path != ATTENTION.path:
         bias = model.program.biases().get(tap)
-    tokens = _tokens(model) if tap.path == ATTENTION.path else None
+    tokens = _tokens(model, keys=activations[tap].shape[-1]) if tap.path == ATTENTION.path else None
     return Evidence(
         activation=_read(activations[tap][rows], layout),
         gradient=gradient,
@@ -102,13 +103,18 @@ def _read(value: Tensor, layout: Layout | None) -> Tensor:
     return value if layout is None else channels_first(value, layout)
 
 
-def _tokens(model: PassModel) -> Layout:
-    """How the model's patch tokens lie on the input; attention is over the same tokens.
+def _tokens(model: PassModel, keys: int) -> Layout:
+    """How the tokens lie on the input that an attention with so many keys is over.
+
+    Class and register tokens are put before the patches only after those were embedded, so that early layers have fewer tokens.
+    Where none has as many as there are keys, any is given: the method then refuses the attention, and says why.
 
     Raises:
         Unsupported: no layer of the model is a sequence of tokens over a known grid.
     """
-    found = next((layout for layout in model.layouts.values() if layout.kind is LayoutKind.TOKENS), None)
+    sequences = [layout for layout in model.layouts.values() if layout.kind is LayoutKind.TOKENS]
+    exact = [layout for layout in sequences if layout.prefix + math.prod(layout.grid) == keys]
+    found = next(iter([*exact, *sequences]), None)
     if found is None:
         raise Unsupported(
             Reason.METHOD_UNSUPPORTED_BY_MODEL,

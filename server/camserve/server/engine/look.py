@@ -21,8 +21,20 @@ from camserve.server.jobs import OutputKind
 __all__ = ["FAILURES", "Seen", "find_scores", "look", "message_of"]
 
 # What a program raises for an input it does not take or a graph it cannot differentiate. Guards of exports raise AssertionError,
-# Python code whatever it likes of the others; running out of memory is a RuntimeError too.
-FAILURES = (CamserveError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AssertionError)
+# assertions of TorchScript its own Error, which is no RuntimeError, Python code whatever it likes of the others; running out of
+# memory is a RuntimeError too.
+FAILURES = (
+    CamserveError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    torch.jit.Error,
+)
+# How TorchScript begins; two stack traces follow, and what happened stands in the last line.
+_INTERPRETER = "The following operation failed in the TorchScript interpreter"
 
 _RETRACE = (
     "it was traced through PyTorch's fused attention, which has no derivative; trace it again after "
@@ -146,5 +158,6 @@ def _explain(error: RuntimeError) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """The first line of what an error says; PyTorch's go on with stack traces."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The line of an error that says what happened: the first, since PyTorch's go on with stack traces; TorchScript's last."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1 if lines[0].startswith(_INTERPRETER) else 0]

@@ -21,6 +21,7 @@ class LayerCard:
         layout: `channels-first`, `channels-last`, `tokens`, or empty when no map can be made.
         map_shape: sizes of a map made there.
         refusal: why none can; empty when one can.
+        gradient_refusal: why methods that need a gradient cannot make one, though others can; empty when they can as well.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerCard:
     layout: str = ""
     map_shape: tuple[int, ...] = ()
     refusal: str = ""
+    gradient_refusal: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
