@@ -4,6 +4,7 @@
 #   make check   format, lint, types, protos, import rules
 #   make serve   a server on port 50051 with the demo model
 #   make bench   the benchmarks
+#   make docs    docs/methods.md and docs/pictures, written from the code
 # TORCH_BACKEND=cpu (or cu128, auto …) picks the torch build, for machines without a GPU.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 TORCH_BACKEND ?=
 PROTOS := $(wildcard protos/camserve/v1/*.proto)
 
-.PHONY: demo test test-slow check format serve bench stubs train clean
+.PHONY: demo test test-slow check format serve bench docs stubs train clean
 
 # uv from the machine if it is there, else from PyPI into the environment.
 $(INSTALLED): pyproject.toml protos/generate_stubs.py $(PROTOS)
@@ -51,6 +52,10 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest tests/benchmarks -m benchmark -s
+
+docs: $(INSTALLED)
+	$(BIN)/python -W ignore -m camserve.server.reference.page docs
+	$(BIN)/python -W ignore -m camserve.server.reference.pictures docs/pictures
 
 train: $(INSTALLED)
 	$(BIN)/python -m camserve.server.demo.train
