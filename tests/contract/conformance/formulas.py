@@ -41,12 +41,13 @@ def doubled(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net).double()
 
 
-def witness(question: Question, weights: Tensor | None = None) -> Witness:
+def witness(question: Question, weights: Tensor | None = None, *, has_curvature: bool = True) -> Witness:
     """Runs the network in float64, with the layer's output as a leaf that later in-place operations cannot reach.
 
     Args:
         question: one layer.
         weights: of the logits in y; None takes the target's.
+        has_curvature: whether it is wanted; fused attention has none.
     """
     net, kept = doubled(question.net), []
 
@@ -58,9 +59,11 @@ def witness(question: Question, weights: Tensor | None = None) -> Witness:
     logits = net(question.image.double())[0]
     handle.remove()
     score = logits[question.class_index] if weights is None else (logits * weights).sum()
-    (gradient,) = torch.autograd.grad(score, kept, create_graph=True)
+    (gradient,) = torch.autograd.grad(score, kept, create_graph=has_curvature)
     (curvature,) = (
-        torch.autograd.grad(gradient, kept, grad_outputs=kept, allow_unused=True) if gradient.requires_grad else (None,)
+        torch.autograd.grad(gradient, kept, grad_outputs=kept, allow_unused=True)
+        if has_curvature and gradient.requires_grad
+        else (None,)
     )
     return Witness(
         score=float(score.detach()),
@@ -310,3 +313,24 @@ def smooth_grad_cam_plus_plus_averaged(noisy: Sequence[Witness], clean: Witness)
     denominator = 2 * squared + clean.activation.sum(axis=(1, 2), keepdims=True) * cubed
     alpha = np.divide(squared, denominator, out=np.zeros_like(squared), where=squared != 0)
     return _weighted((alpha * np.maximum(mean, 0)).sum(axis=(1, 2)), clean)
+
+
+def rounding(method: str, seen: Witness) -> float:
+    """What float32 leaves open in a map whose channels cancel, as a share of its peak: epsilon times what is summed.
+
+    Grad-CAM's relatives sum channels weighed by sums of gradients; XGrad-CAM also divides by sums of A, which may be near zero: of
+    n cells, each sum is off by up to n epsilon of what is summed.
+    """
+    gradient, activation = np.abs(seen.gradient), np.abs(seen.activation)
+    match method:
+        case "hirescam":
+            parts, made = gradient * activation, hirescam(seen)
+        case "xgrad-cam":
+            total = np.abs(seen.activation.sum(axis=(1, 2)))
+            total = np.where(total > 0, total, np.inf)  # A dead channel adds nothing.
+            weight = np.abs((seen.gradient * seen.activation).sum(axis=(1, 2)))
+            summed = (gradient * activation).sum(axis=(1, 2)) + weight / total * activation.sum(axis=(1, 2))
+            parts, made = activation[0].size * (summed / total)[:, None, None] * activation, xgrad_cam(seen)
+        case _:
+            parts, made = gradient.mean(axis=(1, 2), keepdims=True) * activation, grad_cam(seen)
+    return float(np.finfo(np.float32).eps * parts.sum(axis=0).max() / np.abs(made).max())

@@ -58,6 +58,13 @@ def decorrelation(expected: Array, got: Array) -> float:
     return 1 - float(np.corrcoef(expected.ravel(), got.ravel())[0, 1])
 
 
+def decorrelation_up_to_sign(expected: Array, got: Array) -> float:
+    """1 - |r|; a constant map, such as a saturated kernel's zeros, has no r and is compared as it is."""
+    if not np.ptp(expected) or not np.ptp(got):
+        return up_to_sign(expected, got)
+    return min(decorrelation(expected, got), decorrelation(expected, -got))
+
+
 def scaled(values: Array) -> Array:
     """Min-max as pytorch-grad-cam does it."""
     values = values - values.min()
@@ -162,9 +169,10 @@ PYTORCH_GRAD_CAM = (
     _pytorch_grad_cam(
         "kpca-cam",
         asked=_UNAIMED,
-        measure=up_to_sign,
+        measure=decorrelation_up_to_sign,
         limit=1e-4,
         reason=f"{_SIGN}; its kernel is float32, ours float64",
+        note="1 - r",
     ),
     _pytorch_grad_cam("seg-eigen-cam", reason="both set the sign by the larger end"),
     _pytorch_grad_cam("fem", asked=_UNAIMED, reason="under its profile: channels weighed by a share of cells"),

@@ -33,9 +33,11 @@ def raw(kind: Callable[..., Any], question: Question, **keywords: Any) -> Array:
 
 
 def cam(question: Question) -> Array:
-    """CAM with the last linear layer's weights."""
-    linear = [name for name, module in question.net.named_modules() if isinstance(module, torch.nn.Linear)]
-    return raw(library.CAM, question, fc_layer=linear[-1])
+    """CAM with the weights of the last linear layer, or of the last convolution where there is none."""
+    modules = dict(question.net.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    convolutions = [name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d)]
+    return raw(library.CAM, question, fc_layer=(linear or convolutions)[-1])
 
 
 def fused(question: Question) -> Array:

@@ -30,9 +30,10 @@ class Measured:
 
 
 def write(name: str, measured: Iterable[Measured]) -> None:
-    """Puts them in the file of that name."""
+    """Puts them in the file of that name, in the place of what an earlier run, perhaps of other tests, measured there."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    lines = [dataclasses.asdict(one) for one in measured]
+    merged = {(one.library, one.method, one.network): one for one in [*read(name), *measured]}
+    lines = [dataclasses.asdict(one) for one in merged.values()]
     (BUILD / f"{name}.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
 
