@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +188,31 @@ def test_a_profile_without_the_method_is_refused(local, samples):
     """The library's conventions cannot be followed where it has no such method."""
     with pytest.raises((InvalidRequest, Unimplemented), match="torchcam has no hirescam"):
         local.explain(samples[0], [Spec("hirescam", profile="torchcam")])
+
+
+class Staged(TinyNet):
+    """Two classes, and a layer of the name that the page's example asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=2)
+        self.layer2 = self.stem
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b 3 h w) to (b 2)."""
+        return self.head(self.body(self.layer2(x)).mean((2, 3)))
+
+
+def test_the_example_of_the_page_runs(tmp_path, samples, monkeypatch, capsys):
+    """docs/local.md's first example, as it is written."""
+    page = (Path(__file__).parents[2] / "docs/local.md").read_text(encoding="utf-8")
+    example = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0]
+    torch.jit.save(torch.jit.script(Staged().eval()), str(tmp_path / "part.pt"))
+    shutil.copy(samples[0], tmp_path / "part.jpg")
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(example, "docs/local.md", "exec"), {})  # noqa: S102 - our own page
+
+    layer, told = capsys.readouterr().out.splitlines()
+    assert "body" == layer
+    assert re.fullmatch(r"(good|scratch) [0-9a-f]{64}", told)
+    assert (tmp_path / "why.png").stat().st_size > 0
