@@ -17,6 +17,7 @@ _GROUP: Final = "camserve.commands"
 # Told without importing the server; a command not named here is introduced by where it comes from.
 _KNOWN: Final = {
     "demo": "Explain the sample images with the shipped model and write a report.",
+    "methods": "List the methods of explanation, or show one in full.",
     "serve": "Serve models over gRPC.",
 }
 _EXAMPLES: Final = """

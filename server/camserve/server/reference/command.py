@@ -95,7 +95,7 @@ def _show_one(facts: MethodFacts, works: Mapping[str, Any]) -> None:
         *(["has the input's channels, signed, unless `saliency` brings them together"] if facts.has_channels else []),
     )
     if facts.arithmetic:
-        section("Arithmetic", *facts.arithmetic.split("\n"))
+        section("Arithmetic", *(part.replace("\n", " ") for part in facts.arithmetic.split("\n\n")))
     section("Parameters", *[f"{p.name} ({p.default}): {p.meaning}" for p in facts.parameters] or ["none"])
     section(
         "Profiles",

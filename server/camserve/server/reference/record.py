@@ -41,8 +41,14 @@ class Record:
         }
 
     def to_json(self) -> str:
-        """As it is kept."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """As it is kept: a line a method, so that a change shows as one."""
+        sections = (
+            f'"{name}": {{\n'
+            + ",\n".join(f"{json.dumps(slug)}: {json.dumps(told)}" for slug, told in section.items())
+            + "\n}"
+            for name, section in dataclasses.asdict(self).items()
+        )
+        return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
 @functools.cache
