@@ -7,8 +7,9 @@ bits of float32 results, and a map must come out the same when it is made again.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,8 @@ from camserve.server.errors import CamserveError, ExecutionFailed, Reason, Unsup
 from camserve.server.jobs import Parameters, Profile
 
 __all__ = ["RowScene"]
+
+_T = TypeVar("_T")
 
 # An ablated copy of the activation for each row: enough rows to keep the device busy, few enough to stay in its cache.
 _TAIL_BYTES: Final = 16 * 2**20
@@ -102,16 +105,25 @@ class RowScene:
 
     def scores(self, inputs: Float[Tensor, "n channels *input"]) -> Float[Tensor, "n"]:
         """The target's score for other inputs, without grad."""
-        return self._in_parts(
-            inputs, lambda part: self._read(self._model.program.quick(*self._with_extras(part)), part)
+        return _rows(
+            self._in_parts(inputs, lambda part: self._read(self._model.program.quick(*self._with_extras(part)), part))
         )
 
     def tail_scores(self, activations: Float[Tensor, "n c *space"]) -> Float[Tensor, "n"]:
         """The target's score with the layer's activation replaced; only what lies behind the layer is run."""
-        return self._in_parts(activations, self._tail)
+        return _rows(self._in_parts(activations, self._tail))
 
     def evidence(self, inputs: Float[Tensor, "n channels *input"]) -> Evidence:
         """What a method of class B would be given at the layer, or at the input, for other inputs."""
+        return _joined(self._in_parts(inputs, self._evidence))
+
+    def gradient(self) -> Float[Tensor, "1 c *space"]:
+        """G at the layer for the row as it is."""
+        if self._gradient is None:
+            self._gradient = _rows(self._in_parts(self.inputs, self._own_gradient))
+        return self._gradient
+
+    def _evidence(self, inputs: Tensor) -> Evidence:
         needs = self._ask.method.needs
         graph, refusals = capture_graph(
             self._model, self._with_extras(inputs), [self._tap], differentiable=bool(needs - {Need.LINEAR_HEAD})
@@ -129,27 +141,26 @@ class RowScene:
             found[rule] = ruled.gradients(chosen, [INPUT])
         return evidence_at(self._model, self._ask, self._tap, graph.detached_activations(), found)
 
-    def gradient(self) -> Float[Tensor, "1 c *space"]:
-        """G at the layer for the row as it is."""
-        if self._gradient is None:
-            graph, refusals = capture_graph(self._model, self._row, [self._tap])
-            for error in refusals.values():
-                raise error
-            chosen = [(self._ask.spec.target.output_path, self._aim)]
-            gradient = differentiable(graph.gradients(chosen, [self._tap]), self._tap)
-            self._gradient = gradient if self._layout is None else channels_first(gradient, self._layout)
-        return self._gradient
+    def _own_gradient(self, inputs: Tensor) -> Tensor:
+        graph, refusals = capture_graph(self._model, self._with_extras(inputs), [self._tap])
+        for error in refusals.values():
+            raise error
+        chosen = [(self._ask.spec.target.output_path, self._aim)] * len(inputs)
+        gradient = differentiable(graph.gradients(chosen, [self._tap]), self._tap)
+        return gradient if self._layout is None else channels_first(gradient, self._layout)
 
     def _opened(self) -> tuple[Cut | None, Tensor, Any]:
         """The cut at the layer, the row's activation there and what crosses; no cut where the program cannot be cut."""
         if self._front is None:
+            rows = self._copies(self._model.static_rows or 1)
             try:
                 cut = self._model.program.cut(self._tap)
             except Unsupported:
-                captured = self._model.program.capture([self._tap], *self._row, differentiable=False)
-                self._front = (None, captured.activations[self._tap], None)
+                captured = self._model.program.capture([self._tap], *rows, differentiable=False)
+                self._front = (None, captured.activations[self._tap][:1], None)
             else:
-                self._front = (cut, *cut.front(*self._row))
+                activation, crossing = cut.front(*rows)
+                self._front = (cut, activation[:1], crossing)
         return self._front
 
     def _tail(self, activations: Tensor) -> Tensor:
@@ -159,12 +170,13 @@ class RowScene:
             cut = self._model.program.cut(self._tap)
         rows = len(activations)
         replaced = activations if self._layout is None else _laid_out(activations, own, self._layout)
-        try:
-            spread = cut.spread(crossing, rows)
-        except Unsupported:
-            _, spread = cut.front(*(value.expand(rows, *value.shape[1:]).contiguous() for value in self._row))
+        if self._model.static_rows is None:
+            try:
+                crossing = cut.spread(crossing, rows)
+            except Unsupported:
+                _, crossing = cut.front(*self._copies(rows))
         with torch.no_grad():
-            return self._read(cut.tail(replaced, spread), activations)
+            return self._read(cut.tail(replaced, crossing), activations)
 
     def _read(self, outputs: Any, tried: Tensor) -> Tensor:
         """(n) scores of the aim in the outputs of n tries."""
@@ -174,19 +186,25 @@ class RowScene:
         with torch.no_grad():
             return readout.scores([self._aim] * len(tried))
 
-    def _with_extras(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        rows = len(inputs)
-        return (inputs, *(extra.expand(rows, *extra.shape[1:]).contiguous() for extra in self._row[1:]))
+    def _copies(self, rows: int) -> tuple[Tensor, ...]:
+        return tuple(value.expand(rows, *value.shape[1:]).contiguous() for value in self._row)
 
-    def _in_parts(self, tried: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-        """Runs all rows at once, or padded to the program's own number; in halves when memory runs out."""
+    def _with_extras(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        return (inputs, *self._copies(len(inputs))[1:])
+
+    def _in_parts(self, tried: Tensor, work: Callable[[Tensor], _T]) -> list[tuple[_T, int]]:
+        """Runs all rows at once, or padded to the program's own number; in halves when memory runs out.
+
+        Returns:
+            What came of each part, and how many rows it had before the padding.
+        """
         static = self._model.static_rows
         rows = len(tried)
         try:
             if static is not None and rows < static:
                 padded = torch.cat([tried, tried[-1:].expand(static - rows, *tried.shape[1:])])
-                return work(padded)[:rows]
-            return work(tried)
+                return [(work(padded), rows)]
+            return [(work(tried), rows)]
         except RuntimeError as error:
             if not is_device_failure(error):
                 raise
@@ -194,7 +212,25 @@ class RowScene:
                 raise _no_memory(self._ask) from error
         # Outside the handler: the failed attempt's tensors are held by its traceback.
         middle = rows // 2
-        return torch.cat([self._in_parts(part, work) for part in (tried[:middle], tried[middle:])])
+        return self._in_parts(tried[:middle], work) + self._in_parts(tried[middle:], work)
+
+
+def _rows(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    return torch.cat([values[:rows] for values, rows in parts])
+
+
+def _joined(parts: Sequence[tuple[Evidence, int]]) -> Evidence:
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        found = [(value, rows) for value, (_, rows) in zip(values, parts, strict=True) if value is not None]
+        return _rows(found) if found else None
+
+    return dataclasses.replace(
+        parts[0][0],
+        activation=_rows([(evidence.activation, rows) for evidence, rows in parts]),
+        gradient=joined([evidence.gradient for evidence, _ in parts]),
+        curvature=joined([evidence.curvature for evidence, _ in parts]),
+        input_gradient=joined([evidence.input_gradient for evidence, _ in parts]),
+    )
 
 
 def _laid_out(values: Tensor, own: Tensor, layout: Layout) -> Tensor:
