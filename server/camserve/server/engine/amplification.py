@@ -130,7 +130,7 @@ class Amplification:
     def _begin_layer(self) -> None:
         aim = self._ask.aims[self._rank]
         scene = RowScene(self._model, self._ask, aim, self._inputs, self._layer)
-        self._steps = self._arithmetic.steps(scene)
+        self._steps = _begun_later(self._arithmetic, scene)
         self._last = None
 
     def _layer_is_done(self) -> list[RawMap | SpecFailed]:
@@ -189,3 +189,8 @@ class Amplification:
     def _drawn(step: Step) -> Tensor:
         with torch.no_grad():
             return step.best().detach().cpu()
+
+
+def _begun_later(arithmetic: Amplified, scene: RowScene) -> Iterator[Step]:
+    """The steps, of which nothing is done before the first is asked for: some methods look at the layer to make them."""
+    yield from arithmetic.steps(scene)
