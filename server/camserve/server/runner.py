@@ -34,17 +34,27 @@ _T = TypeVar("_T")
 _log = structlog.get_logger("camserve.runner")
 
 
-# The best map so far has still to be encoded and sent.
-_LAST_CALL_SECONDS = 0.05
+# The best map so far has still to be encoded and sent: a tenth of the time that the caller gave, within bounds.
+_LAST_CALL_SHARE = 0.1
+_SHORTEST_LAST_CALL_SECONDS = 0.05
+_LONGEST_LAST_CALL_SECONDS = 0.25
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Amplified:
-    """A request whose pass is over and whose amplified specs are still at work; owned by the device thread."""
+    """A request whose pass is over and whose amplified specs are still at work; owned by the device thread.
+
+    Attributes:
+        entry: whose.
+        facts: of the pass.
+        works: of each spec, in order; the first is at work.
+        turned_at: monotonic seconds at which its last turn began; None before the first.
+    """
 
     entry: Entry
     facts: PassFacts
     works: collections.deque[Amplification]
+    turned_at: float | None = None
 
 
 class Runner:
@@ -154,7 +164,7 @@ class Runner:
             return
         outcomes: Sequence[Outcome]
         try:
-            outcomes = work.finish_now() if self._is_last_call(entry, work) else work.advance()
+            outcomes = work.finish_now() if self._is_last_call(first, work) else work.advance()
         except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
             failure = row_failure(error, entry.job.model)
             _log.warning(
@@ -173,12 +183,18 @@ class Runner:
         self._metrics.pass_seconds.labels(entry.job.model, "amplified").observe(seconds)
         self._metrics.device_busy.inc(seconds)
 
-    def _is_last_call(self, entry: Entry, work: Amplification) -> bool:
+    def _is_last_call(self, amplified: _Amplified, work: Amplification) -> bool:
         """Whether the deadline would pass before this work had its turn again, and the caller takes what there is."""
-        if entry.job.deadline is None or not work.allows_partial:
+        now, before = time.monotonic(), amplified.turned_at
+        amplified.turned_at = now
+        job = amplified.entry.job
+        if job.deadline is None or not work.allows_partial:
             return False
-        turn = work.chunk_seconds * (len(self._amplified) + 1)
-        return time.monotonic() + turn + _LAST_CALL_SECONDS > entry.job.deadline
+        # The last round also tells what others in line, and passes in between, took.
+        turn = max(work.chunk_seconds * (len(self._amplified) + 1), 0.0 if before is None else now - before)
+        share = _LAST_CALL_SHARE * (job.deadline - job.received_at)
+        last_call = min(max(share, _SHORTEST_LAST_CALL_SECONDS), _LONGEST_LAST_CALL_SECONDS)
+        return now + turn + last_call > job.deadline
 
     def _observe(self, facts: PassFacts, closed: Closed, model: str) -> None:
         metrics = self._metrics
