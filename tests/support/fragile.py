@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig
 from camserve.server.models.sources import ModelSource
 
-__all__ = ["MARK", "SLOW", "Breaks", "OneRowOnly", "Slow", "breaks", "fragile_source", "one_row_only", "slow"]
+__all__ = [
+    "MARK",
+    "SLOW",
+    "Breaks",
+    "GradientsOnly",
+    "OneRowOnly",
+    "Slow",
+    "breaks",
+    "fragile_source",
+    "gradients_only",
+    "one_row_only",
+    "slow",
+]
 
 MARK = 20.0
 """A pixel of this value in every channel marks an input; standard normal ones have none."""
@@ -58,6 +70,17 @@ class OneRowOnly(TinyNet):
         return scores
 
 
+class GradientsOnly(TinyNet):
+    """Raises for a marked input in every forward but those that are to be differentiated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b 3 h w) to (b classes)."""
+        if float(x.detach().max()) >= MARK and not torch.is_grad_enabled():
+            raise RuntimeError("nobody wants my gradient")
+        scores: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return scores
+
+
 class Pace:
     """How the slow model goes: a test lets each forward through."""
 
@@ -91,6 +114,11 @@ def breaks() -> nn.Module:
 def one_row_only() -> nn.Module:
     """The factory of `OneRowOnly`."""
     return OneRowOnly()
+
+
+def gradients_only() -> nn.Module:
+    """The factory of `GradientsOnly`."""
+    return GradientsOnly()
 
 
 def slow() -> nn.Module:
