@@ -51,7 +51,7 @@ serve: $(INSTALLED)
 	$(BIN)/camserve serve
 
 bench: $(INSTALLED)
-	$(BIN)/pytest tests/benchmarks -m benchmark -s
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/pytest tests/benchmarks -m benchmark -s
 
 docs: $(INSTALLED)
 	$(BIN)/python -W ignore -m camserve.server.reference.page docs

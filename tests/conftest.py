@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Read when torch is imported, and by every process a test starts. Small nets on several threads of a busy machine wait more than
+# they compute; benchmarks say otherwise in the environment.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from support.servers import settings
