@@ -6,6 +6,7 @@ request within milliseconds.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -218,3 +219,39 @@ def unet() -> nn.Module:
 def binary_unet() -> nn.Module:
     """A `UNet` of one class, which is there or not."""
     return _seeded(lambda: _balanced(UNet(1)))
+
+
+def detector() -> nn.Module:
+    """Torchvision's Faster R-CNN over a body of two stages and a feature pyramid; inputs of 64 x 96 keep their size."""
+    from torchvision.models.detection import FasterRCNN  # noqa: PLC0415 - takes seconds to import
+    from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: PLC0415
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN  # noqa: PLC0415
+
+    def build() -> nn.Module:
+        stages = {"stem": _halving(3, 8), "stage1": _halving(8, 8), "stage2": _halving(8, 16)}
+        backbone = BackboneWithFPN(
+            nn.Sequential(collections.OrderedDict(stages)), {"stage1": "0", "stage2": "1"}, [8, 16], 16
+        )
+        module = FasterRCNN(
+            backbone,
+            num_classes=4,
+            min_size=64,
+            max_size=96,
+            rpn_anchor_generator=AnchorGenerator(((16,), (24,), (40,)), ((0.5, 1.0, 2.0),) * 3),
+            rpn_post_nms_top_n_test=20,
+            box_score_thresh=0.2,
+            box_detections_per_img=6,
+            image_mean=[0.0, 0.0, 0.0],
+            image_std=[1.0, 1.0, 1.0],
+        )
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if "rpn.head" in name or "box_predictor" in name:
+                    parameter.mul_(4)
+        return module
+
+    return _seeded(build)
+
+
+def _halving(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU())

@@ -152,7 +152,7 @@ def _other_dimensions(sent: int, card: ModelCard, field: str) -> InvalidRequest:
 def _unfit(what: str, asked: str, offered: str, card: ModelCard, field: str) -> Unsupported:
     return Unsupported(
         Reason.METHOD_UNSUPPORTED_BY_MODEL,
-        f"{what} {asked!r} does not fit model {card.name!r}, whose output is {card.output_kind}; it has: {offered}",
+        f"{what} '{asked}' does not fit model {card.name!r}, whose output is {card.output_kind}; it has: {offered}",
         field=field,
         metadata={what: asked, "outputKind": card.output_kind, "known": offered, "model": card.name},
     )

@@ -109,3 +109,14 @@ def test_channels_first_refuses_a_value_of_another_layout() -> None:
     """A sequence of another length is not folded into the wrong grid."""
     with pytest.raises(Unsupported, match="does not have the layout"):
         channels_first(torch.zeros(2, 18, 3), Layout(kind=TOKENS, grid=(4, 4), channels=3, prefix=1))
+
+
+def test_a_model_with_a_size_of_its_own_has_square_maps():
+    """SSD brings 64 x 96 pixels to 320 x 320: no stride leads from one to the other, and the square axes are space."""
+    layout = detect_layout((2, 672, 20, 20), (2, 3, 64, 96), has_own_size=True)
+
+    assert (LayoutKind.CHANNELS_FIRST, (20, 20), 672) == (layout.kind, layout.grid, layout.channels)
+    with pytest.raises(Unsupported, match="can be neither"):
+        detect_layout((2, 672, 20, 20), (2, 3, 64, 96))
+    with pytest.raises(Unsupported, match="can be both"):
+        detect_layout((2, 20, 20, 20), (2, 3, 64, 96), has_own_size=True)

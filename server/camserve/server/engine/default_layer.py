@@ -16,6 +16,9 @@ from camserve.server.engine.program import Call, TapName
 
 __all__ = ["best_name", "choose_default", "choose_stages"]
 
+# What torchvision's detectors call what makes features of a picture; "body" in it is what stands before a feature pyramid.
+_BACKBONE = "backbone"
+
 
 def choose_default(
     calls: Sequence[Call],
@@ -23,11 +26,17 @@ def choose_default(
     reaches: Mapping[TapName, bool | None],
     values: Mapping[TapName, Tensor],
     dense_channels: int = 0,
+    *,
+    is_detector: bool = False,
 ) -> TapName | None:
     """Picks the last layer that still has more than one cell and on whose cells the class scores depend.
 
     In a transformer that classifies by its class token, the patches of the last block have no influence any more. There the last
     block whose patches have one is chosen, rather than a projection inside the next block's attention.
+
+    A detector's last layers serve some of its detections only, those of one size or one place. There it is the last layer that
+    all of them share, as torchvision's detectors are built: in front of the feature pyramid, or, without one, the first output of
+    the backbone.
 
     Args:
         calls: in order of execution.
@@ -35,8 +44,9 @@ def choose_default(
         reaches: whether the gradient is not zero everywhere; None where there is no derivative, which excludes nothing.
         values: activations.
         dense_channels: of an output that is dense itself; a layer with as many explains nothing. 0 for other outputs.
+        is_detector: whether the output is detections.
     """
-    candidates = _candidates(layouts, reaches, dense_channels)
+    candidates = _candidates(layouts, reaches, dense_channels, is_detector=is_detector)
     containers = _containers(calls)
     blocks = [tap for tap in candidates if tap.path in containers]
     for tap in reversed(candidates):
@@ -51,6 +61,8 @@ def choose_stages(
     reaches: Mapping[TapName, bool | None],
     values: Mapping[TapName, Tensor],
     dense_channels: int = 0,
+    *,
+    is_detector: bool = False,
 ) -> list[TapName]:
     """Picks a layer for each resolution, in order of execution: a sweep from fine and shallow to coarse and deep.
 
@@ -64,11 +76,12 @@ def choose_stages(
         reaches: likewise.
         values: activations.
         dense_channels: as for `choose_default`.
+        is_detector: likewise.
     """
-    default = choose_default(calls, layouts, reaches, values, dense_channels)
+    default = choose_default(calls, layouts, reaches, values, dense_channels, is_detector=is_detector)
     containers = _containers(calls)
     of_grid: dict[tuple[int, ...], list[TapName]] = {}
-    for tap in _candidates(layouts, reaches, dense_channels):
+    for tap in _candidates(layouts, reaches, dense_channels, is_detector=is_detector):
         of_grid.setdefault(layouts[tap].grid, []).append(tap)
     stages = []
     for grid, taps in of_grid.items():
@@ -83,20 +96,36 @@ def choose_stages(
 
 
 def _candidates(
-    layouts: Mapping[TapName, Layout], reaches: Mapping[TapName, bool | None], dense_channels: int
+    layouts: Mapping[TapName, Layout], reaches: Mapping[TapName, bool | None], dense_channels: int, *, is_detector: bool
 ) -> list[TapName]:
-    return [
+    found = [
         tap
         for tap, layout in layouts.items()
         if math.prod(layout.grid) > 1 and reaches.get(tap) is not False and layout.channels != dense_channels
     ]
+    return _shared(found) if is_detector else found
+
+
+def _shared(candidates: list[TapName]) -> list[TapName]:
+    """Those of a detector's backbone up to the last layer that every detection depends on; all if nothing has that name."""
+    backbone = _inside(_BACKBONE, candidates) or candidates
+    body = _inside(f"{_BACKBONE}.body", backbone)
+    if body:
+        return body
+    last = next((place for place, tap in enumerate(backbone) if tap.path == _BACKBONE), len(backbone) - 1)
+    return backbone[: last + 1]
+
+
+def _inside(path: str, taps: Sequence[TapName]) -> list[TapName]:
+    return [tap for tap in taps if f"{tap.path}.".startswith(f"{path}.")]
 
 
 def best_name(tap: TapName, calls: Sequence[Call], values: Mapping[TapName, Tensor]) -> TapName:
     """Returns the best of the taps that hold the same value: `layer4` rather than `layer4.1.relu#1`.
 
     That is the outermost container, but none that holds the network's first layer as well: `features.12` says more than
-    `features`. Without such a container it is the layer that made the value, not one that only handed it on.
+    `features`; nor one of several outputs of a container if another will do: `body.layer4` says more than `body:3`. Without such
+    a container it is the layer that made the value, not one that only handed it on.
     """
     value = values[tap]
     same = [other for other, seen in values.items() if seen.shape == value.shape and torch.equal(seen, value)]
@@ -104,6 +133,7 @@ def best_name(tap: TapName, calls: Sequence[Call], values: Mapping[TapName, Tens
     blocks = [
         other for other in same if other.path in containers and not f"{calls[0].path}.".startswith(f"{other.path}.")
     ]
+    blocks = [other for other in blocks if other.output is None] or blocks
     if blocks:
         return min(blocks, key=lambda other: other.path.count("."))
     return same[0]

@@ -91,6 +91,7 @@ def detect_layout(
     other: tuple[Sequence[int], Sequence[int]] | None = None,
     token_counts: Collection[int] = (),
     grids: Collection[tuple[int, ...]] = (),
+    has_own_size: bool = False,
 ) -> Layout:
     """Reads the layout of one activation.
 
@@ -103,6 +104,8 @@ def detect_layout(
         other: the same two shapes at another input size, every spatial extent changed; None if the model takes only one.
         token_counts: sequence lengths seen in this model. An axis that long is not space: attention is (b, heads, n, n).
         grids: spatial extents of maps seen in this model at this input size; settle which grid a token count stands for.
+        has_own_size: whether the model brings every input to a size of its own first, as SSD does: no activation changes with the
+            input's. Such sizes are square, and so are the maps.
 
     Returns:
         The layout, its grid for `shape`.
@@ -115,7 +118,7 @@ def detect_layout(
         raise _refusal(f"the first axis of its shape {shape} is not the batch of {input_shape[0]}")
     moved = _moved_axes(shape, other)
     if space and len(shape) == 2 + len(space):
-        return _detect_map(shape, space, moved, token_counts)
+        return _detect_map(shape, space, moved, token_counts, has_own_size=has_own_size)
     if len(space) > 1 and len(shape) == 3:
         return _detect_tokens(shape, space, moved, token_counts, grids)
     raise _refusal(f"its shape {shape} has no axes for the {len(space)} spatial ones of the input")
@@ -131,7 +134,12 @@ def _moved_axes(shape: tuple[int, ...], other: tuple[Sequence[int], Sequence[int
 
 
 def _detect_map(
-    shape: tuple[int, ...], space: tuple[int, ...], moved: frozenset[int], token_counts: Collection[int]
+    shape: tuple[int, ...],
+    space: tuple[int, ...],
+    moved: frozenset[int],
+    token_counts: Collection[int],
+    *,
+    has_own_size: bool,
 ) -> Layout:
     readings = [
         Layout(kind=LayoutKind.CHANNELS_FIRST, grid=shape[2:], channels=shape[1]),
@@ -144,7 +152,9 @@ def _detect_map(
         )
     readings = [layout for layout in readings if _channel_axis(layout.kind) % len(shape) not in moved]
     if not moved or len(readings) > 1:
-        readings = [layout for layout in readings if _shrank_evenly(layout.grid, space)]
+        even = [layout for layout in readings if _shrank_evenly(layout.grid, space)]
+        is_square = has_own_size and len(even) != 1
+        readings = [layout for layout in readings if len(set(layout.grid)) == 1] if is_square else even
     if len(readings) != 1:
         found = "both (b, c, *space) and (b, *space, c)" if readings else "neither (b, c, *space) nor (b, *space, c)"
         raise _refusal(f"its shape {shape} can be {found} for an input of {space}")

@@ -144,7 +144,8 @@ def probe(
     has_influence = any(reached is not False for reached in reaches.values())
     classes = _channels(seen.scores, output_kind)
     choice = (calls, layouts, reaches if has_influence else {}, seen.values, classes if seen.scores.ndim > 2 else 0)
-    default = choose_default(*choice)
+    is_detector = output_kind is OutputKind.DETECTION
+    default = choose_default(*choice, is_detector=is_detector)
     head, head_tap = _find_head(program, seen, layouts)
     notes = (
         influence,
@@ -158,7 +159,7 @@ def probe(
     return ProbeReport(
         layers=tuple(_layer_reports(calls, seen, layouts, reaches, refusals)),
         default_layer=_spellings(default, calls)[0] if default else "",
-        stages=tuple(_spellings(tap, calls)[0] for tap in choose_stages(*choice)),
+        stages=tuple(_spellings(tap, calls)[0] for tap in choose_stages(*choice, is_detector=is_detector)),
         batch_sizes=sizes,
         static_batch=static_batch,
         rows_independent=not influence,
@@ -192,13 +193,21 @@ def _read_layouts(
     others = [resized, *(extra[:smallest_batch] for extra in extras)]
     elsewhere = _shapes_at(program, list(shapes), others)
     has_cuts = not elsewhere
+    has_own_size = bool(elsewhere) and all(elsewhere[tap][1:] == shape[1:] for tap, shape in shapes.items())
     layouts: dict[TapName, Layout] = {}
     refusals: dict[TapName, str] = {}
     grids: set[tuple[int, ...]] = set()
     for tap in sorted(shapes, key=lambda tap: tap in sequences):
         other = (elsewhere[tap], resized.shape) if tap in elsewhere else None
         try:
-            layouts[tap] = detect_layout(shapes[tap], inputs.shape, other=other, token_counts=token_counts, grids=grids)
+            layouts[tap] = detect_layout(
+                shapes[tap],
+                inputs.shape,
+                other=other,
+                token_counts=token_counts,
+                grids=grids,
+                has_own_size=has_own_size,
+            )
         except CamserveError as error:
             refusals[tap] = error.message
         is_map = len(shapes[tap]) == inputs.ndim
