@@ -64,7 +64,12 @@ class Architecture:
             make: Callable[..., nn.Module] = (
                 torchvision.models.get_model if self.library == "torchvision" else timm.create_model
             )
-            return make(self.name, **dict(self.options)).eval()
+            net = make(self.name, **dict(self.options)).eval()
+            for module in net.modules():
+                # A head that begins as zeros, as torchvision's transformer's, has no gradient and would make every map empty.
+                if isinstance(module, nn.Linear) and not bool(module.weight.any()):
+                    module.weight.data.normal_(0, 0.1)
+            return net
 
     def image(self) -> Tensor:
         """Noise (1 3 h w)."""

@@ -318,8 +318,8 @@ def smooth_grad_cam_plus_plus_averaged(noisy: Sequence[Witness], clean: Witness)
 def rounding(method: str, seen: Witness) -> float:
     """What float32 leaves open in a map whose channels cancel, as a share of its peak: epsilon times what is summed.
 
-    Grad-CAM's relatives sum channels weighed by sums of gradients; XGrad-CAM also divides by sums of A, which may be near zero: of
-    n cells, each sum is off by up to n epsilon of what is summed.
+    Grad-CAM's relatives sum channels weighed by sums of gradients; XGrad-CAM also divides by sums of A, which may be near zero:
+    over n cells, each sum is off by up to n epsilon of what is summed.
     """
     gradient, activation = np.abs(seen.gradient), np.abs(seen.activation)
     match method:
