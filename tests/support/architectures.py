@@ -255,3 +255,83 @@ def detector() -> nn.Module:
 
 def _halving(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.ReLU())
+
+
+class Joined(nn.Module):
+    """A picture and a vector of four numbers: the vector scales the channels of the features, and adds to the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _halving(3, 6)
+        self.body = _halving(6, 10)
+        self.scale = nn.Linear(4, 10)
+        self.head = nn.Linear(14, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """(b 3 h w) and (b 4) to (b 3)."""
+        features = self.body(self.stem(x)) * self.scale(table).exp()[:, :, None, None]
+        return self.head(torch.cat([features.mean((2, 3)), table], dim=1))
+
+
+def joined() -> nn.Module:
+    """A `Joined`."""
+    return _seeded(Joined)
+
+
+class Chosen(nn.Module):
+    """A picture and a whole number, which says which of two heads is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = _halving(3, 8)
+        self.heads = nn.Embedding(2, 24)
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        """(b 3 h w) and (b) to (b 3)."""
+        weights = self.heads(which).view(-1, 3, 8)
+        return torch.einsum("bkc,bc->bk", weights, self.body(x).mean((2, 3)))
+
+
+def chosen() -> nn.Module:
+    """A `Chosen`."""
+    return _seeded(Chosen)
+
+
+class Answers(nn.Module):
+    """One body and an answer of every kind: a dict of tensors and of a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _halving(3, 6)
+        self.body = _halving(6, 8)
+        self.classes = nn.Linear(8, 4)
+        self.values = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        """(b 3 h w) to classes (b 4), a pair of values (b 2) and other classes (b 4), and a vector (b 8)."""
+        features = self.body(self.stem(x)).mean((2, 3))
+        logits = self.classes(features)
+        return {"classes": logits, "pair": (self.values(features), -2 * logits), "vector": features}
+
+
+def answers() -> nn.Module:
+    """An `Answers`."""
+    return _seeded(Answers)
+
+
+class Reader(nn.Module):
+    """A class of five at each of eight steps from left to right, from the columns of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_halving(3, 6), _halving(6, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b 3 h w) to (b w/4 5)."""
+        return self.head(self.body(x).mean(2).transpose(1, 2))
+
+
+def reader() -> nn.Module:
+    """A `Reader`."""
+    return _seeded(Reader)
