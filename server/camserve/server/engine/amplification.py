@@ -175,7 +175,7 @@ class Amplification:
 
     def _give_up(self, error: CamserveError) -> list[RawMap | SpecFailed]:
         self.close()
-        return [failed(self._ask.spec, error)]
+        return [failed(self._model, self._ask, error)]
 
     def close(self) -> None:
         """Lets go of everything that holds device memory."""

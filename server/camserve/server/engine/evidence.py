@@ -92,8 +92,9 @@ def differentiable(gradients: Gradients, tap: TapName) -> Tensor:
         where = "the model's input" if tap == INPUT else f"layer '{tap}'"
         raise Unsupported(
             Reason.TARGET_NOT_DIFFERENTIABLE,
-            f"the target does not depend on {where}: it is computed after the class scores or beside them; "
-            "choose a layer before the scores",
+            f"no gradient of the target reaches {where}: it is computed after the scores or beside them, or what lies between is "
+            "detached or whole numbers; choose a layer that feeds the scores, or a method without a gradient, such as eigen-cam "
+            "or score-cam",
             metadata={"layer": tap},
         )
     return gradient

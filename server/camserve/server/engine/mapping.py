@@ -22,7 +22,7 @@ from camserve.server.engine.program import ATTENTION, TapName
 from camserve.server.engine.readouts import Aim
 from camserve.server.engine.stopwatch import Lap
 from camserve.server.errors import CamserveError, ExecutionFailed, Reason
-from camserve.server.jobs import MapFlag, Polarity, RawMap, ResolvedTarget, Saliency, Spec, SpecFailed
+from camserve.server.jobs import MapFlag, Polarity, RawMap, ResolvedTarget, Saliency, SpecFailed
 
 __all__ = ["Mapper", "class_weight", "failed", "finished_map"]
 
@@ -81,7 +81,7 @@ class Mapper:
     def fail(self, ask: Ask, error: CamserveError) -> SpecFailed:
         """Gives a spec up."""
         self._failed.add((ask.row, ask.spec.index))
-        return failed(ask.spec, error)
+        return failed(self._model, ask, error)
 
     def map(self, ask: Ask, aim: Aim, rank: int, found: Differentiated) -> RawMap | SpecFailed:
         """Makes one map.
@@ -205,6 +205,11 @@ def finished_map(
     )
 
 
-def failed(spec: Spec, error: CamserveError) -> SpecFailed:
-    """A spec that cannot be made, with an error of its own."""
-    return SpecFailed(spec_index=spec.index, error=fresh(error))
+def failed(model: PassModel, ask: Ask, error: CamserveError) -> SpecFailed:
+    """A spec that cannot be made, with an error of its own; where a gradient is missing it says for what, and of what program."""
+    told = fresh(error)
+    if told.reason is Reason.TARGET_NOT_DIFFERENTIABLE:
+        told = fresh(
+            error, f"{ask.method.slug} cannot be made here, model of kind {model.program.kind}: {error.message}"
+        )
+    return SpecFailed(spec_index=ask.spec.index, error=told)

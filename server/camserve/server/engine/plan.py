@@ -194,11 +194,16 @@ def distinct_aims(asks: Sequence[Ask], rows: int) -> list[dict[Hashable, tuple[A
     return found
 
 
-def fresh(error: CamserveError) -> CamserveError:
-    """Returns an equal error: one refusal of a tap may fail many specs, and the edge writes each one's field path into it."""
+def fresh(error: CamserveError, message: str = "") -> CamserveError:
+    """Returns an equal error: one refusal of a tap may fail many specs, and the edge writes each one's field path into it.
+
+    Args:
+        error: to copy.
+        message: instead of its own, if given.
+    """
     return type(error)(
         error.reason,
-        error.message,
+        message or error.message,
         field=error.field,
         metadata=error.metadata,
         retry_after_seconds=error.retry_after_seconds,

@@ -19,6 +19,7 @@ from camserve.server.cam.methods import Evidence, Need, Reads
 from camserve.server.engine.evidence import differentiable, evidence_at
 from camserve.server.engine.graph import Gradients, capture_graph, is_device_failure
 from camserve.server.engine.layout import Layout, LayoutKind, channels_first
+from camserve.server.engine.mapping import class_weight
 from camserve.server.engine.plan import Ask, PassModel, rule_of
 from camserve.server.engine.program import INPUT, BackwardRule, Cut
 from camserve.server.engine.readouts import Aim, read
@@ -139,7 +140,15 @@ class RowScene:
         for rule in filter(None, map(rule_of, needs)):
             ruled, _ = capture_graph(self._model, self._with_extras(inputs), [INPUT], rule=rule)
             found[rule] = ruled.gradients(chosen, [INPUT])
-        return evidence_at(self._model, self._ask, self._tap, graph.detached_activations(), found)
+        weight = class_weight(self._model, self._aim) if Need.LINEAR_HEAD in needs else None
+        return evidence_at(
+            self._model,
+            self._ask,
+            self._tap,
+            graph.detached_activations(),
+            found,
+            class_weight=None if weight is None else weight.expand(len(inputs), -1),
+        )
 
     def _own_gradient(self, inputs: Tensor) -> Tensor:
         graph, refusals = capture_graph(self._model, self._with_extras(inputs), [self._tap])
@@ -176,7 +185,14 @@ class RowScene:
             except Unsupported:
                 _, crossing = cut.front(*self._copies(rows))
         with torch.no_grad():
-            return self._read(cut.tail(replaced, crossing), activations)
+            outputs = cut.tail(replaced, crossing)
+        try:
+            return self._read(outputs, activations)
+        except ExecutionFailed:
+            if rows == 1:
+                raise
+        # Scores that come before the layer, or beside it, stay those of the one row: nothing at the layer moves them.
+        return self._read(outputs, activations[:1]).expand(rows)
 
     def _read(self, outputs: Any, tried: Tensor) -> Tensor:
         """(n) scores of the aim in the outputs of n tries."""
@@ -227,6 +243,7 @@ def _joined(parts: Sequence[tuple[Evidence, int]]) -> Evidence:
     return dataclasses.replace(
         parts[0][0],
         activation=_rows([(evidence.activation, rows) for evidence, rows in parts]),
+        class_weight=joined([evidence.class_weight for evidence, _ in parts]),
         gradient=joined([evidence.gradient for evidence, _ in parts]),
         curvature=joined([evidence.curvature for evidence, _ in parts]),
         input_gradient=joined([evidence.input_gradient for evidence, _ in parts]),
