@@ -15,7 +15,7 @@ from torch import Tensor
 from camserve.server.engine.plan import PassModel
 from camserve.server.engine.program import INPUT, BackwardRule, Capture, TapName
 from camserve.server.engine.readouts import Aim, Readout, read
-from camserve.server.errors import CamserveError, ExecutionFailed, Reason, Unsupported
+from camserve.server.errors import CamserveError, ExecutionFailed, InvalidRequest, Reason, Unsupported
 
 __all__ = ["Chosen", "Gradients", "PassGraph", "capture_graph", "is_device_failure", "moved"]
 
@@ -53,7 +53,8 @@ class PassGraph:
         """The outputs at a path; empty takes the card's.
 
         Raises:
-            ExecutionFailed: there is nothing of the model's kind there.
+            ExecutionFailed: there is nothing of the model's kind at the card's path.
+            InvalidRequest: there is none at another path, which the request named.
         """
         if path not in self._readouts:
             if self._outputs is None:
@@ -61,7 +62,12 @@ class PassGraph:
             where = path or self._model.output_path
             # Another path may hold another number of classes.
             classes = 0 if path else self._model.classes
-            self._readouts[path] = read(self._model.kind, self._outputs, where, rows=self._rows, classes=classes)
+            try:
+                self._readouts[path] = read(self._model.kind, self._outputs, where, rows=self._rows, classes=classes)
+            except ExecutionFailed as error:
+                if not path:
+                    raise
+                raise _wrong_path(path, error) from error
         return self._readouts[path]
 
     def release(self) -> None:
@@ -212,6 +218,15 @@ def _capture(
 
 def _paths(chosen: Sequence[Chosen | None]) -> list[str]:
     return list(dict.fromkeys(one[0] for one in chosen if one))
+
+
+def _wrong_path(path: str, error: ExecutionFailed) -> CamserveError:
+    return InvalidRequest(
+        Reason.FIELD_INVALID,
+        f"target.output_path {path!r} cannot be explained: {error.message.partition(';')[0]}; "
+        f"paths: {error.metadata.get('paths')}; name one that holds scores, or leave it out",
+        metadata={**error.metadata, "outputPath": path},
+    )
 
 
 def _no_derivative(tap: TapName, error: RuntimeError) -> CamserveError:
