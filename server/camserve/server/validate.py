@@ -146,7 +146,7 @@ def _check_layer(name: str, spec: jobs.Spec, card: ModelCard, field: str) -> Non
     if layer.refusal:
         raise Unsupported(
             Reason.LAYER_UNUSABLE,
-            f"layer {name!r} of model {card.name!r} ({card.kind}) gives no map: {layer.refusal}; "
+            f"{spec.method} gives no map at layer {name!r} of model {card.name!r} ({card.kind}): {layer.refusal}; "
             f"{_near(card.default_layer, card)}",
             field=field,
             metadata={"layer": name, "model": card.name},
@@ -154,7 +154,7 @@ def _check_layer(name: str, spec: jobs.Spec, card: ModelCard, field: str) -> Non
     if layer.gradient_refusal and METHODS[spec.method].needs & {Need.GRADIENT, Need.CURVATURE}:
         raise Unsupported(
             Reason.LAYER_UNUSABLE,
-            f"{spec.method} gives no map at layer {name!r} of model {card.name!r}: {layer.gradient_refusal}; "
+            f"{spec.method} gives no map at layer {name!r} of model {card.name!r} ({card.kind}): {layer.gradient_refusal}; "
             f"{_near(card.default_layer, card)}",
             field=field,
             metadata={"method": spec.method, "layer": name, "model": card.name},
