@@ -9,17 +9,22 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from camserve.server.cam.methods import METHODS, Method, Need, Reads
-from camserve.server.engine.graph import capture_graph
+from camserve.server.cam.methods import METHODS, Evidence, Method, Need, Reads
+from camserve.server.cam.methods.fullgrad import completeness
+from camserve.server.engine.graph import Chosen, PassGraph, capture_graph
 from camserve.server.engine.layout import LayoutKind
 from camserve.server.engine.plan import PassModel, rule_of
 from camserve.server.engine.probe import ProbeReport
-from camserve.server.engine.program import ATTENTION, INPUT, BackwardRule
+from camserve.server.engine.program import ATTENTION, INPUT, BackwardRule, TapName
 from camserve.server.errors import CamserveError
-from camserve.server.jobs import OutputKind
+from camserve.server.jobs import OutputKind, Target
 from camserve.server.models.card import MethodCard
 
 __all__ = ["method_cards"]
+
+# Rounding through some hundred layers; what an operator hides is a share of the score.
+_COMPLETE = 1e-2
+_SMALLEST_SCORE = 1e-3
 
 
 def method_cards(model: PassModel, inputs: Sequence[Tensor], report: ProbeReport) -> tuple[MethodCard, ...]:
@@ -42,7 +47,7 @@ def _card(method: Method, trials: _Trials, report: ProbeReport) -> MethodCard:
         head_layer = next(layer for layer in report.layers if report.head_layer in layer.spellings)
         note = f"at {report.head_layer}, which feeds average pooling and the last linear layer"
         return MethodCard(slug=method.slug, works=True, note=note, only_layers=head_layer.spellings)
-    return MethodCard(slug=method.slug, works=True)
+    return MethodCard(slug=method.slug, works=True, note=trials.note(method))
 
 
 class _Trials:
@@ -59,6 +64,10 @@ class _Trials:
         found = (self._once(key, trial) for key, trial in self._needed(method))
         return next((refusal for refusal in found if refusal), "")
 
+    def note(self, method: Method) -> str:
+        """What a reader should know of a method that works."""
+        return self._once("completeness", self._completeness) if method.reads is Reads.BIASES else ""
+
     def _needed(self, method: Method) -> list[tuple[object, Callable[[], str]]]:
         trials: list[tuple[object, Callable[[], str]]] = []
         if method.needs - {Need.LINEAR_HEAD}:
@@ -69,6 +78,8 @@ class _Trials:
             rule = rule_of(need)
             if rule is not None:
                 trials.append((rule, lambda rule=rule: self._rule(rule)))  # type: ignore[misc]
+        if Need.CURVATURE in method.needs:
+            trials.append((Need.CURVATURE, self._curvature))
         if method.reads is Reads.BIASES:
             trials.append((Reads.BIASES, self._biases))
         if method.reads is Reads.ATTENTION:
@@ -91,6 +102,47 @@ class _Trials:
     def _rule(self, rule: BackwardRule) -> str:
         capture_graph(self._model, self._inputs, [INPUT], rule=rule)
         return ""
+
+    def _curvature(self) -> str:
+        """A second derivative at the default layer, of whatever the model predicts; fused attention has none."""
+        found = self._predicted([TapName.parse(self._report.default_layer)])
+        if found is None:
+            return ""
+        graph, chosen = found
+        (curvature,) = graph.curvatures(chosen, list(graph.activations)).values()
+        return curvature.message if isinstance(curvature, CamserveError) else ""
+
+    def _completeness(self) -> str:
+        """Says by how much the parts that FullGrad draws miss the score, where they do."""
+        biases = self._model.program.biases()
+        found = self._predicted([INPUT, *biases])
+        if found is None:
+            return ""
+        graph, chosen = found
+        gradients = graph.gradients(chosen, [INPUT, *biases])
+        evidence = [
+            Evidence(activation=activation.detach(), gradient=gradient, bias=biases.get(tap))
+            for tap, activation in graph.activations.items()
+            if isinstance(gradient := gradients[tap], Tensor)
+        ]
+        score = graph.readout().scores([aim for _, aim in chosen]).detach()
+        missing = float(((score - completeness(evidence)).abs() / score.abs().clamp_min(_SMALLEST_SCORE)).max())
+        if missing <= _COMPLETE:
+            return ""
+        return (
+            f"incomplete: what it draws misses the score of a trial by {missing:.0%}; operators that are neither linear nor "
+            "ReLU, such as SiLU, GELU or a sigmoid, keep evidence of their own"
+        )
+
+    def _predicted(self, taps: Sequence[TapName]) -> tuple[PassGraph, list[Chosen]] | None:
+        """A tapped forward of the trial inputs and each row's predicted class; None for outputs that predict none."""
+        if self._model.kind in (OutputKind.DETECTION, OutputKind.EMBEDDING, OutputKind.SEQUENCE):
+            return None
+        graph, refusals = capture_graph(self._model, self._inputs, taps)
+        for error in refusals.values():
+            raise error
+        rows = range(len(self._inputs[0]))
+        return graph, [("", graph.readout().aims(row, Target())[0]) for row in rows]
 
     def _biases(self) -> str:
         self._model.program.biases()
