@@ -72,7 +72,7 @@ class Metrics:
         )
         self.pass_seconds = self._latency(
             "camserve_pass_seconds",
-            "Device time of one shared pass by phase: forward, backward, maps.",
+            "Device time of one shared pass by phase: forward, backward, maps; and of each chunk of amplified work.",
             ["model", "phase"],
         )
         self.encode_seconds = self._latency("camserve_encode_seconds", "Encoding of one heatmap.", ["encoding"])
