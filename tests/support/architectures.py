@@ -335,3 +335,31 @@ class Reader(nn.Module):
 def reader() -> nn.Module:
     """A `Reader`."""
     return _seeded(Reader)
+
+
+def pictures() -> nn.Module:
+    """A `Strided` over pictures of any size: (b 3 h w) to (b 3)."""
+    return _seeded(lambda: Strided(2, channels=3))
+
+
+class FixedHead(nn.Module):
+    """Reads every cell with a weight of its own, and so takes one size alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_halving(3, 6), _halving(6, 8))
+        self.head = nn.Linear(8 * 64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b 3 32 32) to (b 3)."""
+        return self.head(self.body(x).flatten(1))
+
+
+def fixed_head() -> nn.Module:
+    """A `FixedHead`."""
+    return _seeded(FixedHead)
+
+
+def vit_of_any_size() -> nn.Module:
+    """Timm's ViT that interpolates its positions."""
+    return _timm_vit(dynamic_img_size=True)

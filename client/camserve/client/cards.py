@@ -73,7 +73,7 @@ class InputInfo:
 
     Attributes:
         shape: of one row, such as (3, 224, 224).
-        resize: "stretch", "crop" or "letterbox".
+        resize: "stretch", "crop", "letterbox" or "none".
         mean: subtracted from each channel after scaling to 0 to 1.
         std: divides each channel then.
         channels: "rgb", "bgr" or "gray".

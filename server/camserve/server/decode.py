@@ -119,7 +119,8 @@ def _decode(
             raise InvalidRequest(
                 Reason.FIELD_INVALID, "a tensor is the model's whole input; leave the region of interest out"
             )
-        return Sample(tensor=read_tensor(payload, recipe), geometry=None, decode_seconds=time.perf_counter() - started)
+        tensor = read_tensor(payload, recipe, is_variable=recipe.is_variable)
+        return Sample(tensor=tensor, geometry=None, decode_seconds=time.perf_counter() - started)
     if not recipe.takes_images:
         raise InvalidRequest(
             Reason.TENSOR_MISMATCH,
@@ -134,6 +135,7 @@ def _decode(
         # A copy, so that resizing cannot look past the region's edges.
         crop = np.asarray(image)[shown.top : shown.top + shown.height, shown.left : shown.left + shown.width]
         image, box = Image.fromarray(np.ascontiguousarray(crop)), (0.0, 0.0, float(shown.width), float(shown.height))
+    recipe = recipe.for_source(shown.width, shown.height)
     placement = place(recipe, shown.width, shown.height)
     lies = geometry(placement, recipe, shown.width, shown.height)
     return Sample(
@@ -196,7 +198,7 @@ def _least(header: Header, recipe: InputRecipe) -> tuple[int, int] | None:
     if header.format is not ImageFormat.JPEG:
         return None
     width, height = (header.height, header.width) if header.orientation >= 5 else (header.width, header.height)
-    placement = place(recipe, width, height)
+    placement = place(recipe.for_source(width, height), width, height)
     return (placement.width, placement.height) if min(width / placement.width, height / placement.height) >= 4 else None
 
 

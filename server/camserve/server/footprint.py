@@ -14,7 +14,7 @@ import numpy as np
 
 from camserve.server.decode import may_reduce
 from camserve.server.image_header import Header, HeaderError, ImageFormat, read_header
-from camserve.server.jobs import EncodedImage, JobInput, RawFrame
+from camserve.server.jobs import EncodedImage, JobInput, RawFrame, TensorInput
 from camserve.server.models.recipe import InputRecipe
 
 __all__ = ["held_bytes"]
@@ -50,13 +50,20 @@ def held_bytes(payload: JobInput, recipe: InputRecipe, *, pixels: int, keep_sour
         keep_source: whether decode will keep the source's pixels.
         source_size_maps: how many heatmaps are drawn at source size, overlays included; they are made one after another.
     """
-    row = math.prod(recipe.shape) * np.dtype(recipe.dtype).itemsize
+    row = _row_elements(payload, recipe, pixels) * np.dtype(recipe.dtype).itemsize
     drawing = (
         (_SOURCE if keep_source else 0) + (_MAP if source_size_maps else 0) + (_SENT if source_size_maps > 1 else 0)
     )
     per_pixel = max(_decoding(payload, recipe, keep_source=keep_source), drawing)
     # The row is made in its own type from bytes, and checked in it.
     return len(payload.data) + math.ceil(per_pixel * pixels) + 3 * row + _LEAST
+
+
+def _row_elements(payload: JobInput, recipe: InputRecipe, pixels: int) -> int:
+    """Of the row that will be made, which is as large as what came where the model takes any size."""
+    if recipe.is_variable and isinstance(payload, TensorInput):
+        return math.prod(payload.shape)
+    return recipe.shape[0] * pixels if recipe.resize == "none" else math.prod(recipe.shape)
 
 
 def _decoding(payload: JobInput, recipe: InputRecipe, *, keep_source: bool) -> float:

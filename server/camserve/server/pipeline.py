@@ -142,7 +142,7 @@ class Pipeline:
 def encoded(raw: jobs.RawMap, job: jobs.Job, card: ModelCard, sample: jobs.Sample) -> jobs.Heatmap | jobs.SpecFailed:
     """Encodes one map as its spec asks; what cannot be sent in that form becomes the spec's failure."""
     spec = job.specs[raw.spec_index]
-    shape = card.recipe.shape
+    shape = sample.tensor.shape
     try:
         return encode(
             raw,

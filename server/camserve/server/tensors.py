@@ -61,18 +61,24 @@ class Expected(Protocol):
         ...
 
 
-def read_tensor(tensor: TensorInput, recipe: Expected) -> npt.NDArray[np.generic]:
+def read_tensor(tensor: TensorInput, recipe: Expected, *, is_variable: bool = False) -> npt.NDArray[np.generic]:
     """Gives the model's input for one row: `recipe.shape`, `recipe.dtype`, C-contiguous and our own copy.
+
+    Args:
+        tensor: as it arrived.
+        recipe: what the model takes.
+        is_variable: whether it takes other sizes of space as well; the first axis, of channels, is as in the recipe.
 
     Raises:
         InvalidRequest: TENSOR_MISMATCH when type, shape or bytes differ from the recipe, or a value would change in the model's
             element type; INPUT_NOT_FINITE for NaN or infinity.
     """
-    if tuple(tensor.shape) != recipe.shape:
+    if not _fits(tuple(tensor.shape), recipe.shape, is_variable=is_variable):
+        takes = ", ".join(["(" + str(recipe.shape[0]), *["any"] * (len(recipe.shape) - 1)]) + ")"
         raise _mismatch(
             tensor,
             f"tensor of {tensor.dtype} {_text(tensor.shape)}, {len(tensor.data)} bytes, does not fit the model, which takes "
-            f"{recipe.dtype} {_text(recipe.shape)}, without a batch dimension",
+            f"{recipe.dtype} {takes if is_variable else _text(recipe.shape)}, without a batch dimension",
         )
     check_tensor(tensor)
     values = np.frombuffer(tensor.data, _DTYPES[tensor.dtype])
@@ -90,7 +96,13 @@ def read_tensor(tensor: TensorInput, recipe: Expected) -> npt.NDArray[np.generic
             f"{tensor.dtype} value {values[first]!s} at element {first} cannot be held in {recipe.dtype}, which the model takes; "
             f"send {recipe.dtype}, rounded as you see fit",
         )
-    return converted.reshape(recipe.shape)
+    return converted.reshape(tensor.shape)
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...], *, is_variable: bool) -> bool:
+    if not is_variable:
+        return shape == expected
+    return len(shape) == len(expected) and shape[0] == expected[0]
 
 
 def _check_finite(tensor: TensorInput, values: npt.NDArray[np.generic]) -> None:

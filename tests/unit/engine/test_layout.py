@@ -106,9 +106,13 @@ def test_channels_first_folds_every_layout_to_the_same_values() -> None:
 
 
 def test_channels_first_refuses_a_value_of_another_layout() -> None:
-    """A sequence of another length is not folded into the wrong grid."""
-    with pytest.raises(Unsupported, match="does not have the layout"):
-        channels_first(torch.zeros(2, 18, 3), Layout(kind=TOKENS, grid=(4, 4), channels=3, prefix=1))
+    """A sequence of another length is not folded into the wrong grid; nor is what has other channels or axes."""
+    tokens = Layout(kind=TOKENS, grid=(4, 4), channels=3, prefix=1)
+    with pytest.raises(Unsupported, match=r"has 18 tokens for this input.*1 \+ 4 x 4 only"):
+        channels_first(torch.zeros(2, 18, 3), tokens)
+    for value in (torch.zeros(2, 17, 5), torch.zeros(2, 3, 4, 4)):
+        with pytest.raises(Unsupported, match="does not have the layout"):
+            channels_first(value, tokens)
 
 
 def test_a_model_with_a_size_of_its_own_has_square_maps():

@@ -71,6 +71,14 @@ def channels_first(value: Tensor, layout: Layout) -> Tensor:
     fits = value.ndim == axes and value.shape[_channel_axis(layout.kind)] == layout.channels
     if layout.kind is LayoutKind.TOKENS:
         fits = fits and value.shape[1] == layout.prefix + math.prod(layout.grid)
+    if layout.kind is LayoutKind.TOKENS and value.ndim == axes and value.shape[2] == layout.channels and not fits:
+        raise Unsupported(
+            Reason.LAYER_UNUSABLE,
+            f"this layer has {value.shape[1]} tokens for this input, and how they lie is known for {layout.prefix} + "
+            f"{' x '.join(map(str, layout.grid))} only; send an input of the size on the model's card, or choose a layer that is "
+            "no sequence of tokens",
+            metadata={"tokens": value.shape[1], "known": layout.prefix + math.prod(layout.grid)},
+        )
     if not fits:
         raise _refusal(f"an activation of shape {tuple(value.shape)} does not have the layout {layout}")
     if layout.kind is LayoutKind.CHANNELS_FIRST:

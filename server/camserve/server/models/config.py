@@ -49,7 +49,11 @@ class InputConfig(BaseModel):
     size: tuple[int, int] = Field((224, 224), description="Height and width of the model's input, pixels.")
     channels: Channels = Field("rgb", description="none for models that take no images: they are sent tensors.")
     shape: tuple[int, ...] | None = Field(None, description="Input of one row, for models that take no images.")
-    resize: Resize = "stretch"
+    variable: bool = Field(
+        default=False,
+        description="Whether other sizes of space are taken as well; size or shape is that of the look at load.",
+    )
+    resize: Resize = Field("stretch", description="none leaves images as large as they are; needs variable.")
     resize_size: int | None = Field(
         None, description="Shorter side before a centre crop, pixels; default: the input's."
     )
@@ -129,6 +133,7 @@ class ModelConfig(BaseModel):
             interpolation=given.interpolation,
             channels=given.channels,
             pad_value=given.pad_value,
+            is_variable=given.variable,
             mean=mean,
             std=std,
         )

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.batches import make_batch
 from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
 from camserve.server.engine.layout import LayoutKind
+from camserve.server.engine.look import FAILURES, message_of
 from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
@@ -43,9 +45,7 @@ _BEHIND_PATCHES = (
 )
 
 
-def load_model(
-    source: ModelSource, *, device: torch.device, max_batch_rows: int, max_maps: int = 128
-) -> ServedModel:
+def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int, max_maps: int = 128) -> ServedModel:
     """Loads one version of one model.
 
     Args:
@@ -70,6 +70,8 @@ def load_model(
     report = probe(program, noise, extras=extras, output_path=config.output.path, output_kind=kind)
     _check_fit(source, report)
     rows = min(max_batch_rows, config.max_batch or max_batch_rows, report.max_batch or max_batch_rows)
+    if recipe.is_variable:
+        _check_other_size(source.name, program, [noise, *extras], report.static_batch)
     pass_model = PassModel(
         program=program,
         layouts=report.layouts,
@@ -90,6 +92,8 @@ def load_model(
     digests = program.digests()
     factory = config.factory
     notes = [*report.notes]
+    if recipe.is_variable:
+        notes.append(f"takes inputs of other sizes too; those of maps are told for {recipe.shape}")
     if factory is not None and factory.random_seed is not None:
         notes.append(f"random weights, seed {factory.random_seed}: its answers mean nothing")
     card = ModelCard(
@@ -196,6 +200,19 @@ def _phrases(source: ModelSource, dimensions: int) -> Mapping[str, FloatArray]:
     if not source.config.output.phrases:
         return {}
     return read_phrases(Path(source.config.output.phrases), dimensions)
+
+
+def _check_other_size(name: str, program: Program, inputs: Sequence[Tensor], static_rows: int | None) -> None:
+    """Refuses a card that promises what the model does not keep; a multiple of the size suits all strides and windows."""
+    first, *extras = (make_batch(value, static_rows or 1) for value in inputs)
+    larger = interpolate(first, scale_factor=2)
+    try:
+        program.run(larger, *extras)
+    except FAILURES as error:
+        raise ValueError(
+            f"model {name!r} does not take inputs of other sizes: {tuple(larger.shape[1:])} failed with {message_of(error)}; "
+            "leave input.variable out, or export it for sizes that vary"
+        ) from error
 
 
 def _extra_noise(extra: ExtraConfig, generator: torch.Generator, program: Program) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 
 __all__ = ["Channels", "InputRecipe", "Interpolation", "Resize"]
 
-Resize: TypeAlias = Literal["stretch", "crop", "letterbox"]
+Resize: TypeAlias = Literal["stretch", "crop", "letterbox", "none"]
 Interpolation: TypeAlias = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Channels: TypeAlias = Literal["rgb", "bgr", "gray", "none"]
 ElementType: TypeAlias = Literal["float32", "float16", "float64", "uint8"]
@@ -28,7 +28,7 @@ class InputRecipe:
         shape: of one row: (c h w) for models that take images; any rank for those that take tensors only.
         dtype: element type of the row as it is handed to the model's batch.
         resize: `stretch` to the shape, ignoring the aspect ratio; `crop` the centre after bringing the shorter side to
-            `resize_size`; `letterbox`: fit whole, centred, the rest filled with `pad_value`.
+            `resize_size`; `letterbox`: fit whole, centred, the rest filled with `pad_value`; `none`: images keep their size.
         resize_size: pixels of the shorter side before a crop; None means the smallest size that covers the shape.
         interpolation: Pillow's filter of that name. All but `nearest` average over the source pixels when shrinking
             (antialias), as Pillow and torchvision do on PIL images.
@@ -37,6 +37,8 @@ class InputRecipe:
         std: divided by then, likewise.
         channels: colour order; `none` for models whose input is not an image: they are sent tensors.
         pad_value: 0 to 255, fills what a letterbox, or a crop larger than the resized image, leaves open.
+        is_variable: whether inputs may have other sizes of space than the shape, which is then that of the look at load. Tensors
+            may have any; images have the shape's unless `resize` is `none`.
 
     Raises:
         ValueError: a value that makes no sense; the message says what is allowed.
@@ -52,6 +54,7 @@ class InputRecipe:
     std: tuple[float, ...] = (1.0,)
     channels: Channels = "rgb"
     pad_value: int = 0
+    is_variable: bool = False
 
     def __post_init__(self) -> None:
         # Cards are TOML, which gives lists.
@@ -63,6 +66,12 @@ class InputRecipe:
         _check_choice("channels", self.channels, get_args(Channels))
         if not self.shape or any(not isinstance(size, int) or size < 1 for size in self.shape):
             raise ValueError(f"shape {self.shape} must list at least one size, each an integer of 1 or more")
+        if self.is_variable and len(self.shape) < 2:
+            raise ValueError(f"an input of shape {self.shape} has no axis of space that could vary; leave variable out")
+        if self.resize == "none" and not self.is_variable:
+            raise ValueError(
+                "resize 'none' gives rows of the images' own sizes; set variable = true if the model takes them"
+            )
         if self.takes_images:
             self._check_image()
 
@@ -97,6 +106,12 @@ class InputRecipe:
     def takes_images(self) -> bool:
         """Whether images and frames can be made into this input; tensors always can be sent."""
         return self.channels != "none"
+
+    def for_source(self, width: int, height: int) -> InputRecipe:
+        """The recipe of an image of this size: itself, or one of the image's own shape where images are not resized."""
+        if self.resize != "none":
+            return self
+        return dataclasses.replace(self, shape=(self.shape[0], height, width), resize="stretch")
 
     @classmethod
     def imagenet(cls, size: int = 224, resize_size: int = 256) -> InputRecipe:
