@@ -26,7 +26,8 @@ class EagerProgram(HookedProgram):
     """A `Program` over an eager module.
 
     Constructing it is the one time the module changes: it is moved to `device` and `dtype`, put in eval mode, and its
-    parameters are frozen with `requires_grad_(False)`, in place and for good. Whoever wants to train it on passes a copy.
+    parameters are frozen with `requires_grad_(False)`, in place and for good; those made under inference mode are replaced by
+    copies. Whoever wants to train it on passes a copy.
     Afterwards it is left as it was by every call, also by one that raises: no hooks, no `.grad`, no changed buffer.
 
     A module that is registered under two paths is known by the first; the other is refused. `cut` resumes by running the
@@ -41,6 +42,7 @@ class EagerProgram(HookedProgram):
 
     def __init__(self, module: nn.Module, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
         self._used = UsedTensors()
+        _leave_inference_mode(module)
         paths = [(path, child) for path, child in module.named_modules() if path]
         first = {id(child): path for path, child in paths}
         everything = ((path, first.get(id(child), "")) for path, child in module.named_modules(remove_duplicate=False))
@@ -67,6 +69,20 @@ class EagerProgram(HookedProgram):
         if rule is BackwardRule.ATTENTION:
             return watched_attention(rows)
         return contextlib.nullcontext(())
+
+
+def _leave_inference_mode(module: nn.Module) -> None:
+    """Puts copies in the place of tensors that were made under `torch.inference_mode`: autograd refuses to keep those."""
+    copies: dict[int, Tensor] = {}
+    for child in module.modules():
+        own = [*child.named_parameters(recurse=False, remove_duplicate=False), *child.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if tensor.is_inference():
+                if id(tensor) not in copies:
+                    copy = tensor.clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+                setattr(child, name, copies[id(tensor)])
 
 
 def _code_of(module: nn.Module) -> str:
