@@ -128,7 +128,7 @@ def best_name(tap: TapName, calls: Sequence[Call], values: Mapping[TapName, Tens
     a container it is the layer that made the value, not one that only handed it on.
     """
     value = values[tap]
-    same = [other for other, seen in values.items() if seen.shape == value.shape and torch.equal(seen, value)]
+    same = [other for other, seen in values.items() if seen.shape == value.shape and _is_equal(seen, value)]
     containers = _containers(calls)
     blocks = [
         other for other in same if other.path in containers and not f"{calls[0].path}.".startswith(f"{other.path}.")
@@ -137,6 +137,11 @@ def best_name(tap: TapName, calls: Sequence[Call], values: Mapping[TapName, Tens
     if blocks:
         return min(blocks, key=lambda other: other.path.count("."))
     return same[0]
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two values are one; NaN, which a model may keep from its scores, is the same as itself here."""
+    return torch.equal(one, other) or bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
 
 
 def _containers(calls: Sequence[Call]) -> set[str]:
