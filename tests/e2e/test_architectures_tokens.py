@@ -151,7 +151,7 @@ def test_grad_cam_of_tokens_is_that_of_its_formula(client):
 def test_patches_that_nobody_reads_any_more_are_refused_for_gradients(client, model, layer, default):
     """Behind the last block only the class token is read: the default avoids it, and who asks for it is told what works."""
     assert default == client.model(model).default_layer
-    for slug in ("grad-cam", "layercam", "shapley-cam"):
+    for slug in ("grad-cam", "layercam", "eigen-grad-cam"):
         with pytest.raises(FailedPrecondition, match=rf"no score depends on any patch of it.*default: {default}"):
             client.explain(noise(model), model=model, specs=[Spec(slug, layers=[layer])])
 
