@@ -1,11 +1,38 @@
-"""Networks at the edges of what CAMs are defined for, and their activations and gradients by plain autograd."""
+"""Networks at the edges of what CAMs are defined for, their maps as a server makes them, and gradients by plain autograd."""
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from support.servers import settings
 from torch import Tensor, nn
 
-__all__ = ["Centred", "Dense", "Shared", "centred", "dense", "evidence", "functional_in_place", "in_place", "shared"]
+from camserve.client import Result, Spec, TensorInput
+from camserve.server.local import LocalExplainer
+from camserve.server.models.config import InputConfig
+from camserve.server.models.sources import ModelSource
+
+__all__ = [
+    "INPUT",
+    "ROW",
+    "Centred",
+    "Dense",
+    "Shared",
+    "assert_close",
+    "centred",
+    "dense",
+    "evidence",
+    "explained",
+    "functional_in_place",
+    "in_place",
+    "raw",
+    "shared",
+    "values_of",
+]
+
+ROW = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
+INPUT = InputConfig(size=(32, 32))
 
 
 def _seeded(module: nn.Module, seed: int = 3) -> nn.Module:
@@ -148,3 +175,25 @@ def evidence(network: nn.Module, layer: str, row: Tensor, class_index: int, *, c
         (gradient,) = torch.autograd.grad(score, [kept[call]])
     handle.remove()
     return kept[call][0].detach(), gradient[0]
+
+
+def explained(source: ModelSource, *specs: Spec | str, row: npt.NDArray[np.float32] = ROW, rows: int = 1) -> Result:
+    """One input through all stages of a server, in this process."""
+    with LocalExplainer(source, settings()) as explainer:
+        return explainer.explain(TensorInput(row), specs, batch_rows=rows)
+
+
+def raw(method: str, *layers: str, target: int | None = 1, **options: object) -> Spec:
+    """A spec whose map arrives as it was computed: exact and signed."""
+    return Spec(method, layers=layers, target=target, encoding="float32", rectify=False, **options)
+
+
+def values_of(result: Result) -> list[npt.NDArray[np.float32]]:
+    """The maps; nothing may have failed."""
+    assert [] == [str(error.error) for error in result.errors]
+    return [heatmap.values for heatmap in result.heatmaps]
+
+
+def assert_close(got: npt.NDArray[np.float32], expected: Tensor, gate: float = 2e-6) -> None:
+    """Within so much of the largest value."""
+    np.testing.assert_allclose(got, expected.numpy(), atol=gate * float(expected.abs().max()))
