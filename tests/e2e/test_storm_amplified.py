@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from support.fragile import SLOW, OneRowOnly, fragile_source, gradients_only, one_row_only, slow
+from support.fragile import SLOW, OneRowOnly, fragile_source, gradients_only, greedy, one_row_only, slow
 from support.nets import TinyNet
 from support.servers import Metrics, script_source, until
 from support.storm import marked
@@ -245,6 +245,16 @@ def test_no_memory_at_all_is_told(serve):
             client.explain(ROW, model="one-row-only", specs=["score-cam"])
         assert "OUT_OF_MEMORY" == caught.value.reason
         assert client.explain(ROW, model="one-row-only", specs=["score-cam"]).heatmaps
+
+
+def test_memory_of_the_cpu_is_told_alike(serve):
+    """An allocation that fails on the CPU, a plain RuntimeError, is told as memory that ran out; the server goes on."""
+    server = serve(fragile_source(greedy))
+    with Client(server.target, retries=0) as client:
+        with pytest.raises(Overloaded, match="ran out of memory for one row of model 'greedy'") as caught:
+            client.explain(TensorInput(marked(IMAGE)), model="greedy", specs=["grad-cam"])
+        assert "OUT_OF_MEMORY" == caught.value.reason
+        assert client.explain(ROW, model="greedy", specs=["grad-cam"]).heatmaps
 
 
 def test_memory_that_runs_out_under_way_fails_that_spec_alone(serve):

@@ -22,7 +22,8 @@ def row_failure(error: BaseException, model: str) -> CamserveError:
     """
     if isinstance(error, CamserveError):
         return error
-    if isinstance(error, torch.OutOfMemoryError):
+    # The CPU's allocator raises a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         torch.cuda.empty_cache()
         return ExecutionFailed(
             Reason.OUT_OF_MEMORY,
