@@ -7,8 +7,6 @@ An archive that was frozen before it was saved has neither module paths nor para
 order of execution: `op.conv2d#3` is the fourth convolution, `op.conv2d` the last one. The same names are used for an archive
 whose forward calls no module. They stay the same as long as the file does.
 """
-# The cut works with its program's insides: the two are one thing in two classes.
-# ruff: noqa: SLF001
 
 from __future__ import annotations
 
@@ -27,11 +25,11 @@ from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Capture, Digests, ProgramKind, TapName
 from camserve.server.engine.script_attention import attention_graph, attentions_among
 from camserve.server.engine.script_biases import biases_of
+from camserve.server.engine.script_cut import SHARED, Host, ScriptCut
 from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
 from camserve.server.engine.script_quick import QuickForm
 from camserve.server.engine.script_rules import ruled_graph
-from camserve.server.engine.script_spread import Ambiguous, Crossing, Growth, grown, growth_of
-from camserve.server.engine.script_taps import CutGraphs, Pick, cut_graphs
+from camserve.server.engine.script_taps import Pick, cut_graphs
 from camserve.server.engine.script_values import copied, is_same
 from camserve.server.errors import NotFound, Reason, Unsupported
 
@@ -39,10 +37,6 @@ __all__ = ["ScriptCut", "ScriptProgram", "load_script"]
 
 # How torch's operators complain of mixed dtypes; there is no exception type for it.
 _DTYPES_DIFFER = re.compile(r"dtype|scalar type|should be the same|same type")
-_SHARED = (
-    "the value shares memory with another value of the model, and one of the two is written in place while the other is "
-    "still in use; tap the layer before it"
-)
 
 
 def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.dtype = torch.float32) -> ScriptProgram:
@@ -206,7 +200,11 @@ class ScriptProgram:
             raise unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
         key = (form is self._plain, pick)
         if key not in self._cuts:
-            self._cuts[key] = ScriptCut(self, tap, cut_graphs(form.graph, pick, form.places))
+            self._cuts[key] = ScriptCut(
+                Host(call=self._call, arranged=self._arranged, run=self.run),
+                tap,
+                cut_graphs(form.graph, pick, form.places),
+            )
             if len(self._cuts) > FUNCTIONS_KEPT:
                 self._cuts.popitem(last=False)
         self._cuts.move_to_end(key)
@@ -266,7 +264,7 @@ class ScriptProgram:
         try:
             return self._captured(form, wanted, inputs)
         except _OverwrittenCapture as error:
-            raise Unsupported(Reason.LAYER_UNUSABLE, _SHARED) from error
+            raise Unsupported(Reason.LAYER_UNUSABLE, SHARED) from error
 
     def _captured(
         self, form: Form, wanted: tuple[Pick, ...], inputs: Sequence[Tensor]
@@ -274,7 +272,8 @@ class ScriptProgram:
         """One tapped forward, whose captures are known not to have been written to and to leave the outputs as they are."""
         outputs, values, versions = self._call(form.tapped(wanted), self._arranged(inputs))
         if any(
-            value is not None and value._version != version for value, version in zip(values, versions, strict=True)
+            value is not None and value._version != version  # noqa: SLF001 - torch's count of writes has no public name
+            for value, version in zip(values, versions, strict=True)
         ):
             raise _OverwrittenCapture
         uncertain = [pick for pick in wanted if form.places[pick[0]].hazards.uncertain]
@@ -282,7 +281,7 @@ class ScriptProgram:
             with torch.no_grad():
                 expected = self._call(form.plain, self._arranged(inputs))
             if not is_same(outputs, expected):
-                raise Unsupported(Reason.LAYER_UNUSABLE, _SHARED, metadata={"layer": form.places[uncertain[0][0]].path})
+                raise Unsupported(Reason.LAYER_UNUSABLE, SHARED, metadata={"layer": form.places[uncertain[0][0]].path})
             form.verified.add(wanted)
         return outputs, dict(zip(wanted, values, strict=True))
 
@@ -328,93 +327,6 @@ class ScriptProgram:
 
 class _OverwrittenCapture(Exception):
     """Something wrote into a captured value; never leaves this file."""
-
-
-class ScriptCut:
-    """A `Cut` of a TorchScript program.
-
-    Args:
-        program: the program that was cut.
-        tap: where.
-        halves: the two graphs and what they write.
-    """
-
-    def __init__(self, program: ScriptProgram, tap: TapName, halves: CutGraphs) -> None:
-        self._program = program
-        self._tap = tap
-        self._front = graphs.compiled("front", halves.front)
-        self._tail = graphs.compiled("tail", halves.tail)
-        self._written = halves.written
-        self._viewed = halves.viewed
-        self._is_verified = not halves.uncertain
-        self._growths: collections.OrderedDict[tuple[torch.Size, ...], tuple[Growth, ...]] = collections.OrderedDict()
-
-    def front(self, *inputs: Tensor) -> tuple[Tensor, Crossing]:
-        """Runs up to the tap without grad.
-
-        Returns:
-            The activation, shape (b, ...), and the crossing.
-
-        Raises:
-            Unsupported: the halves do not add up to the program, because its values share memory across the cut. Only
-                where that is suspected, and only the first time, both halves and the whole are run to find out.
-        """
-        program = self._program
-        with torch.no_grad():
-            activation, *values = program._call(self._front, program._arranged(inputs))
-            crossing = Crossing(values=tuple(values), inputs=inputs)
-            if not self._is_verified:
-                if not is_same(self.tail(activation, crossing), program.run(*inputs)):
-                    raise unusable(self._tap, _SHARED)
-                self._is_verified = True
-        return activation, crossing
-
-    def tail(self, activation: Tensor, crossing: Crossing) -> Any:
-        """Runs the rest, with grad if it is enabled where this is called. What the tail would write into is copied first."""
-        arguments = zip([activation, *crossing.values], self._written, strict=True)
-        return self._program._call(self._tail, [copied(value) if written else value for value, written in arguments])
-
-    def spread(self, crossing: Crossing, rows: int) -> Crossing:
-        """What crosses for `rows` copies of the one row that `front` was given.
-
-        The first time for a shape the front runs once more, on two copies of the row, to see what grows with their number.
-        Rows share memory; nothing is copied but what the tail views in another shape.
-
-        Raises:
-            Unsupported: a crossing value neither grows with the rows nor stays the same.
-            ValueError: there are no rows, or the crossing is not that of one row.
-        """
-        if rows < 1:
-            raise ValueError(f"{rows} rows; at least 1 is allowed")
-        if not crossing.values:
-            return crossing
-        if not crossing.inputs or {tuple(value.shape[:1]) for value in crossing.inputs} != {(1,)}:
-            raise ValueError("only the crossing of a single row, as `front` returned it, can be spread")
-        growths = self._growths_of(crossing)
-        parts = zip(crossing.values, growths, self._viewed[1:], strict=True)
-        return Crossing(
-            values=tuple(grown(value, growth, rows, is_expanded=not viewed) for value, growth, viewed in parts)
-        )
-
-    def _growths_of(self, crossing: Crossing) -> tuple[Growth, ...]:
-        """How each crossing value depends on the number of rows."""
-        shapes = tuple(value.shape for value in crossing.inputs)
-        if shapes not in self._growths:
-            program = self._program
-            with torch.no_grad():
-                doubled = [torch.cat([value, value]) for value in crossing.inputs]
-                _, *twice = program._call(self._front, program._arranged(doubled))
-            try:
-                self._growths[shapes] = tuple(map(growth_of, crossing.values, twice))
-            except Ambiguous as error:
-                raise unusable(
-                    self._tap,
-                    f"what its copies share cannot be told, because {error} crosses from before it to behind it; choose the last "
-                    "layer of a stage, behind which nothing crosses, or a method that does not ablate",
-                ) from error
-            if len(self._growths) > FUNCTIONS_KEPT:
-                self._growths.popitem(last=False)
-        return self._growths[shapes]
 
 
 def _first_line(error: Exception) -> str:
