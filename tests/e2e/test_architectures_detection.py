@@ -13,7 +13,7 @@ from camserve.client import Above, Box, Client, DetectionBox, FailedPrecondition
 from camserve.server.models.config import InputConfig, OutputConfig
 
 # Said once by torchvision's scripted code; the readout takes either form.
-pytestmark = pytest.mark.filterwarnings("ignore:RCNN always returns:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.* always returns a:UserWarning")
 
 # Half the source's width and height.
 INPUT = InputConfig(size=(64, 96), mean=(0.0,), std=(1.0,))
@@ -204,20 +204,19 @@ def ssdlite() -> torch.nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["eager", "scripted"])
 @pytest.mark.parametrize(
-    ("build", "default", "grid"),
+    ("build", "default", "layer", "grid"),
     [
-        (frcnn, "backbone.body", (2, 3)),
-        (retinanet, "backbone.body.layer4", (2, 3)),
-        (ssdlite, "backbone.features.0", (20, 20)),
+        (frcnn, "backbone.body", "backbone.body.16", (2, 3)),
+        (retinanet, "backbone.body.layer4", "backbone.body.layer4", (2, 3)),
+        (ssdlite, "backbone.features", "backbone.features.0", (20, 20)),
     ],
 )
-def test_torchvision_s_detectors(build, default, grid, form, picture):
-    """Their predictions, a matched box and a gradient at the default layer, which lies in the backbone."""
+def test_torchvision_s_detectors(build, default, layer, grid, form, picture):
+    """Their predictions, a matched box and its gradient; the default layer lies in the backbone."""
 
     def make(folder):
         if form == "scripted":
             return [scripted("found", build(), folder, INPUT, output=FOUND)]
-        torch.save(build().state_dict(), folder / "weights.pth")
         source = eager("found", "detector", INPUT, output=FOUND)
         name = f"{__name__}:{build.__name__}"
         factory = source.config.factory.model_copy(update={"name": name, "allowed_imports": (__name__,)})
@@ -234,9 +233,9 @@ def test_torchvision_s_detectors(build, default, grid, form, picture):
             picture,
             model="found",
             specs=[
-                Spec("eigen-cam"),
-                Spec("grad-cam", target=DetectionBox(found[0].box), rectify=False),
-                Spec("score-cam", channels=2, target=DetectionBox(found[0].box)),
+                Spec("eigen-cam", layers=[layer]),
+                Spec("grad-cam", layers=[layer], target=DetectionBox(found[0].box), rectify=False),
+                Spec("score-cam", layers=[layer], channels=2, target=DetectionBox(found[0].box)),
             ],
         )
 
