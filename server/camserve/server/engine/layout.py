@@ -218,6 +218,4 @@ def _told(readings: Collection[tuple[int, tuple[int, ...]]]) -> str:
 
 
 def _refusal(problem: str) -> Unsupported:
-    return Unsupported(
-        Reason.LAYER_UNUSABLE, f"the layout of this layer is unknown: {problem}; declare it on the model card"
-    )
+    return Unsupported(Reason.LAYER_UNUSABLE, f"the layout of this layer is unknown: {problem}")

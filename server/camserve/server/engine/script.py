@@ -197,7 +197,12 @@ class ScriptProgram:
         form = self._form(BackwardRule.PLAIN, [tap])
         pick = form.pick(tap)
         if form.places[pick[0]].conditional:
-            raise unusable(tap, "it is in a branch that depends on the input, where a model can be tapped but not cut")
+            raise Unsupported(
+                Reason.LAYER_UNUSABLE,
+                f"layer '{tap}' is in a branch that depends on the input: it can be tapped, as gradient methods do, but the "
+                "model cannot be cut there, as ablation does; choose a layer outside of the branch, or grad-cam",
+                metadata={"layer": tap},
+            )
         key = (form is self._plain, pick)
         if key not in self._cuts:
             self._cuts[key] = ScriptCut(
