@@ -319,7 +319,7 @@ def test_a_layer_in_a_branch_is_tapped_when_the_input_takes_it(sign: float, take
 
     assert_same(hooked(model, taken, x), captured(program, taken, x))
     assert "branch" in refusal(Unsupported, program, other, x).message
-    with pytest.raises(Unsupported, match="cannot be tapped: it is in a branch"):
+    with pytest.raises(Unsupported, match="is in a branch that depends on the input"):
         program.cut(TapName.parse(taken))
 
 
