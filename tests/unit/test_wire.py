@@ -387,6 +387,8 @@ BAD = {
         f"{name} of 0": (request(grad_cam(parameters={name: 0})), f"specs[0].parameters.{name}")
         for name in ("channels", "samples", "steps", "window", "stride", "concepts", "similar_classes")
     },
+    "more masks than are drawn": (request(grad_cam(parameters={"samples": 10_001})), "specs[0].parameters.samples"),
+    "more steps than are taken": (request(grad_cam(parameters={"steps": 1_001})), "specs[0].parameters.steps"),
     "negative noise": (request(grad_cam(parameters={"noise": -0.5})), "specs[0].parameters.noise"),
     "infinite noise": (request(grad_cam(parameters={"noise": math.inf})), "specs[0].parameters.noise"),
     "contrast NaN": (request(grad_cam(parameters={"contrast": math.nan})), "specs[0].parameters.contrast"),

@@ -71,6 +71,8 @@ def _size(spec: spec_pb2.Spec, encoding: jobs.Encoding, field: str) -> jobs.MapS
 
 
 _COUNTS = ("channels", "samples", "steps", "window", "stride", "concepts", "similar_classes")
+# Masks are drawn and nodes are found before the first chunk of work: what they take grows with these, in memory too.
+_MOST = {"samples": 10_000, "steps": 1_000}
 
 
 def _parameters(parameters: spec_pb2.Parameters, field: str) -> jobs.Parameters:
@@ -78,6 +80,8 @@ def _parameters(parameters: spec_pb2.Parameters, field: str) -> jobs.Parameters:
     for name, value in asked.items():
         if name in _COUNTS:
             at_least(1, value, f"{field}.{name}")
+            if value > _MOST.get(name, value):
+                raise invalid(f"{field}.{name}", f"must be at most {_MOST[name]}, is {value}")
         else:
             finite(value, f"{field}.{name}")
     if asked.get("noise", 0) < 0:
