@@ -36,7 +36,8 @@ def check_method(spec: jobs.Spec, card: ModelCard, field: str) -> None:
     if spec.profile in method.absent_from:
         raise _refused(
             f"{field}.profile",
-            f"{spec.profile} has no {method.slug}: that library does not offer it; use profile paper",
+            f"{spec.profile} has no {method.slug}: that library lacks it, or computes something else by that name; "
+            "use profile paper",
             method,
             profile=spec.profile,
         )

@@ -165,7 +165,10 @@ def _meanings() -> Mapping[str, str]:
 def _profile(method: Method, profile: Profile) -> ProfileFacts:
     if profile in method.absent_from:
         return ProfileFacts(
-            profile=profile.value, is_offered=False, differs=True, told="the library does not offer it: refused"
+            profile=profile.value,
+            is_offered=False,
+            differs=True,
+            told="refused: the library lacks it, or computes something else by that name",
         )
     told = []
     if profile in method.variants:

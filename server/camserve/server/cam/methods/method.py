@@ -295,7 +295,8 @@ class Method:
         if profile in self.absent_from:
             raise Unsupported(
                 Reason.METHOD_NOT_IMPLEMENTED,
-                f"profile {profile.value!r} has no {self.slug}: that library does not offer it; use profile 'paper'",
+                f"profile {profile.value!r} has no {self.slug}: that library lacks it, or computes something else by that name; "
+                "use profile 'paper'",
                 metadata={"method": self.slug, "profile": profile.value},
             )
         return self.variants.get(profile, self.arithmetic)
