@@ -152,14 +152,14 @@ def test_a_failing_model_is_told(tmp_path):
 
 def test_the_deadline_leaves_the_best_map_so_far(local, samples):
     """A method that allows it sends what it has; another fails the request."""
-    endless = Spec("rise", samples=100_000, allow_partial=True)
+    endless = Spec("rise", samples=10_000, allow_partial=True)
 
     (heatmap,) = local.explain(samples[0], [endless], deadline=1.5).heatmaps
 
     assert {"partial"} <= heatmap.flags
     assert 0 < heatmap.completed < 1
     with pytest.raises(DeadlineExceeded, match="give it longer"):
-        local.explain(samples[0], [Spec("rise", samples=100_000)], deadline=0.3)
+        local.explain(samples[0], [Spec("rise", samples=10_000)], deadline=0.3)
 
 
 def test_a_closed_explainer_says_so(samples):
