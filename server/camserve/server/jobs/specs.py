@@ -76,7 +76,7 @@ class Spec:
     Attributes:
         index: its place in the request.
         method: slug of a method in `cam.METHODS`.
-        layers: tap names as the caller wrote them; never empty: validation has put the card's default in.
+        layers: tap names as the caller wrote them, or the card's default; none for methods that read no layers.
         target: what is asked about.
         profile: whose conventions to follow.
         fusion: how several layers become one map.
