@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from camserve.server.encode import encode, needs_source
+from camserve.server.encode import encode, is_quickly_encoded, needs_source
 from camserve.server.errors import ExecutionFailed, InvalidRequest, Unsupported
 from camserve.server.jobs import (
     Box,
@@ -382,3 +382,30 @@ def test_large_pictures_take_little_more_than_themselves(encoding: Encoding) -> 
     else:
         codes = (_read(heatmap) - drawn.min()) / (drawn.max() - drawn.min())
         assert np.abs(codes * (65_535 if encoding is Encoding.PNG16 else 255) - expected).max() <= 0.5 + 1e-6
+
+
+def test_a_few_cells_are_encoded_at_once() -> None:
+    """The map of a last stage takes less than the way to a worker thread and back."""
+    assert is_quickly_encoded(_raw(np.ones((7, 7))), Spec(index=0, method="grad-cam", layers=("layer4",)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoding": Encoding.PNG8},
+        {"encoding": Encoding.OVERLAY_JPEG, "size": MapSize.SOURCE},
+        {"size": MapSize.INPUT},
+        {"size": MapSize.SOURCE},
+        {"regions": RegionOptions(threshold=0.5)},
+    ],
+)
+def test_what_is_drawn_or_searched_goes_to_a_worker(changes: dict[str, object]) -> None:
+    """Few cells may become many pixels."""
+    spec = dataclasses.replace(Spec(index=0, method="grad-cam", layers=("layer4",)), **changes)
+
+    assert not is_quickly_encoded(_raw(np.ones((7, 7))), spec)
+
+
+def test_many_cells_go_to_a_worker() -> None:
+    """A shallow layer's map, compressed, would hold the event loop up."""
+    assert not is_quickly_encoded(_raw(np.ones((56, 56))), Spec(index=0, method="grad-cam", layers=("layer1",)))

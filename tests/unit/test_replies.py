@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import numpy as np
+import pytest
 
 from camserve.server.errors import ExecutionFailed, Reason
 from camserve.server.jobs import OutputKind, Reading
@@ -40,6 +41,33 @@ async def test_letters_cross_from_the_device_thread_in_order():
     assert rows[1] is await other.next()
     assert rows[2] is await one.next()
     thread.join()
+
+
+async def test_waiting_ends_at_the_deadline():
+    """Whoever waits at the deadline is told, and whoever asks after it; what lies there already is given out first."""
+    row = forwarded(1)
+    reply = Reply(asyncio.get_running_loop().time() + 0.01)
+    with pytest.raises(TimeoutError):
+        await reply.next()
+
+    reply.put(row)
+
+    assert row is await reply.next()
+    with pytest.raises(TimeoutError):
+        await reply.next()
+
+
+async def test_a_cancelled_wait_loses_no_outcome():
+    """What comes after one reader was cancelled is there for the next."""
+    reply, row = Reply(), forwarded(1)
+    reading = asyncio.create_task(reply.next())
+    await asyncio.sleep(0)
+    reading.cancel()
+    reply.put(row)
+
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert row is await reply.next()
 
 
 def test_abandoning_is_seen_by_the_device():

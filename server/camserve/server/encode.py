@@ -1,6 +1,7 @@
 """The encode stage: a `RawMap` arrives from the engine, the `Heatmap` that is sent leaves.
 
-`pipeline.py` calls it in the thread pool, once for each map; numpy and Pillow only.
+`pipeline.py` calls it once for each map, in the thread pool, or at once where `is_quickly_encoded` says that the way there would
+take longer; numpy and Pillow only.
 The contract is `Heatmap` in heatmap.proto. The same map gives the same bytes every time: payloads are hashed into the audit
 record and compared by tests.
 """
@@ -26,7 +27,7 @@ from camserve.server.placement import box_on_source
 from camserve.server.regions import find_regions
 from camserve.server.resize import map_geometry, onto_source, to_size
 
-__all__ = ["encode", "needs_source"]
+__all__ = ["encode", "is_quickly_encoded", "needs_source"]
 
 # By the number of axes of space.
 _AXES: Final = {1: ("t",), 2: ("h", "w"), 3: ("d", "h", "w")}
@@ -39,6 +40,8 @@ _OVERLAYS: Final[dict[Encoding, tuple[str, int, dict[str, int]]]] = {
 }
 # zlib's default is worth its time only while the payload is small.
 _SMALL_BYTES: Final = 65_536
+# So many cells take 0.05 to 0.15 ms, whatever type they are sent as; `intake.py` tells what the way to a worker takes.
+_QUICK_CELLS: Final = 1024
 
 _Code = TypeVar("_Code", np.uint8, np.uint16)
 
@@ -46,6 +49,16 @@ _Code = TypeVar("_Code", np.uint8, np.uint16)
 def needs_source(spec: Spec) -> bool:
     """Whether the spec's heatmap is drawn on the source's pixels, so that decode must keep them."""
     return spec.encoding in _OVERLAYS
+
+
+def is_quickly_encoded(raw: RawMap, spec: Spec) -> bool:
+    """Whether `encode` may run on the event loop: a few cells, sent as they are."""
+    return (
+        raw.values.size <= _QUICK_CELLS
+        and spec.size is MapSize.LAYER
+        and spec.encoding in _CELLS
+        and spec.regions is None
+    )
 
 
 def encode(

@@ -10,16 +10,16 @@ import asyncio
 import concurrent.futures
 import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Self, TypeVar
 
 from camserve.server import jobs
 from camserve.server.decode import DecodeLimits, measure
 from camserve.server.door import Door
-from camserve.server.encode import encode, needs_source
+from camserve.server.encode import encode, is_quickly_encoded, needs_source
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason, at_field
 from camserve.server.footprint import held_bytes
-from camserve.server.intake import take_in
+from camserve.server.intake import is_quickly_taken_in, take_in
 from camserve.server.metrics import Metrics
 from camserve.server.models.card import ModelCard
 from camserve.server.models.repository import ServedModel
@@ -60,11 +60,10 @@ class Pipeline:
         clock = _Clock(job, self._metrics)
         with self._door.enter(_held_bytes(job, model, self._decode_limits)):
             with clock.stage("decode"), self._queue.announced(model):
-                job, sample = await clock.within(
-                    self._in_worker(functools.partial(take_in, job, model.card, self._decode_limits))
-                )
+                work = functools.partial(take_in, job, model.card, self._decode_limits)
+                job, sample = work() if is_quickly_taken_in(job) else await self._in_worker(work, job.deadline)
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
-            reply = Reply()
+            reply = Reply(job.deadline)
             entry = self._queue.put(job, model, sample, reply, time.monotonic())
             try:
                 async for event in self._answers(job, model, sample, reply, entry.waiting.enqueued_at, clock):
@@ -77,7 +76,7 @@ class Pipeline:
         self, job: jobs.Job, model: ServedModel, sample: jobs.Sample, reply: Reply, enqueued_at: float, clock: _Clock
     ) -> AsyncIterator[jobs.Event]:
         with clock.stage("queue"):
-            forwarded = await clock.within(reply.next())
+            forwarded = await reply.next()
         if not isinstance(forwarded, RowForwarded):
             raise _row_failure(forwarded)
         queue_seconds = forwarded.started_at - enqueued_at
@@ -89,16 +88,16 @@ class Pipeline:
         seen: set[tuple[int, int]] = set()
         while True:
             with clock.stage("device"):
-                outcome = await clock.within(reply.next())
+                outcome = await reply.next()
             match outcome:
                 case jobs.RawMap() | jobs.SpecFailed() if not _is_new(outcome, seen):
                     continue
                 case jobs.RawMap():
                     map_seconds += outcome.device_seconds
                     with clock.stage("encode"):
-                        event = await clock.within(
-                            self._in_worker(functools.partial(encoded, outcome, job, model.card, sample))
-                        )
+                        work = functools.partial(encoded, outcome, job, model.card, sample)
+                        is_quick = is_quickly_encoded(outcome, job.specs[outcome.spec_index])
+                        event = work() if is_quick else await self._in_worker(work, job.deadline)
                     if isinstance(event, jobs.Heatmap):
                         encode_seconds += event.encode_seconds
                         self._metrics.encode_seconds.labels(event.encoding).observe(event.encode_seconds)
@@ -126,8 +125,9 @@ class Pipeline:
                 case CamserveError():
                     raise outcome
 
-    async def _in_worker(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    async def _in_worker(self, work: Callable[[], _T], deadline: float | None) -> _T:
+        async with asyncio.timeout_at(deadline):
+            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _count(self, event: jobs.Event, job: jobs.Job) -> None:
         match event:
@@ -157,44 +157,34 @@ def encoded(raw: jobs.RawMap, job: jobs.Job, card: ModelCard, sample: jobs.Sampl
 
 
 class _Clock:
-    """One request's deadline, and the count of who left at which stage."""
+    """Tells at which stage a request ended early: one whose caller left, and one whose deadline passed."""
 
     def __init__(self, job: jobs.Job, metrics: Metrics) -> None:
-        self._deadline = job.deadline
         self._received_at = job.received_at
         self._metrics = metrics
+        self._stage = ""
 
-    def stage(self, name: str) -> _Stage:
-        """Counts a cancellation or an expiry inside the `with` block under this stage's name."""
-        return _Stage(name, self._metrics)
-
-    async def within(self, work: Awaitable[_T]) -> _T:
-        """Awaits, but not beyond the deadline.
+    def stage(self, name: str) -> Self:
+        """Counts a cancellation or an expiry inside the `with` block under this stage's name.
 
         Raises:
-            DeadlineExceeded: at the deadline, whatever the device is doing.
+            DeadlineExceeded: in place of the TimeoutError of whatever was awaited.
         """
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await work
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                Reason.DEADLINE_EXCEEDED,
-                f"the deadline passed {time.monotonic() - self._received_at:.3f} s after arrival; give it longer or send less",
-            ) from error
-
-
-class _Stage:
-    def __init__(self, name: str, metrics: Metrics) -> None:
-        self._name = name
-        self._metrics = metrics
+        self._stage = name
+        return self
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, asyncio.CancelledError | DeadlineExceeded):
-            self._metrics.cancelled.labels(self._name).inc()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, asyncio.CancelledError | TimeoutError):
+            return
+        self._metrics.cancelled.labels(self._stage).inc()
+        if isinstance(error, TimeoutError):
+            raise DeadlineExceeded(
+                Reason.DEADLINE_EXCEEDED,
+                f"the deadline passed {time.monotonic() - self._received_at:.3f} s after arrival; give it longer or send less",
+            ) from error
 
 
 def _is_new(outcome: jobs.RawMap | jobs.SpecFailed, seen: set[tuple[int, int]]) -> bool:
