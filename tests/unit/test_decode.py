@@ -4,6 +4,7 @@ import gc
 import io
 import itertools
 import struct
+import sys
 import time
 import traceback
 import warnings
@@ -17,8 +18,9 @@ from PIL import Image, ImageFile
 
 from camserve.server.decode import DecodeLimits, Region, decode, measure
 from camserve.server.errors import CamserveError, InvalidRequest, Reason
+from camserve.server.image_header import _scan_markers
 from camserve.server.jobs import EncodedImage, JobInput, PixelFormat, RawFrame, TensorInput
-from camserve.server.models.recipe import InputRecipe
+from camserve.server.models.recipe import Channels, InputRecipe
 
 _LIMITS = DecodeLimits()
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -82,6 +84,47 @@ def test_modes_convert_as_in_training_pipelines(file_format: str, modes: list[st
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
         np.testing.assert_array_equal(_decoded(data, 24, 17), expected, err_msg=mode)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "frame"])
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_gray_pictures_give_each_colour_its_own_norm(file_format: str, channels: Channels) -> None:
+    """Gray is resized once, yet the model sees what it would of the same picture in colour, and so does the overlay."""
+    gray = _ramp(90, 70).convert("L")
+    data = _file(gray, "JPEG" if file_format == "frame" else file_format)
+    stored = Image.open(io.BytesIO(data))
+    payload = _frame(PixelFormat.MONO8, np.asarray(stored), 90) if file_format == "frame" else EncodedImage(data=data)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    recipe = InputRecipe(shape=(3, 32, 40), resize="letterbox", channels=channels, mean=mean, std=std, pad_value=9)
+    colour = RawFrame(
+        pixel_format=PixelFormat.RGB8, width=90, height=70, stride=270, data=stored.convert("RGB").tobytes()
+    )
+    expected = decode(colour, recipe, _LIMITS, keep_source=True)
+
+    found = decode(payload, recipe, _LIMITS, keep_source=True)
+
+    np.testing.assert_array_equal(found.tensor, expected.tensor)
+    np.testing.assert_array_equal(found.source, expected.source)
+
+
+def test_a_jpeg_goes_to_its_decoder_in_one_piece() -> None:
+    """In pieces, the thread would queue for the interpreter after each, behind the event loop and other requests."""
+    noise = np.random.default_rng(3).integers(0, 255, (400, 500, 3), dtype=np.uint8)
+    data = _file(Image.fromarray(noise), "JPEG", quality=95)
+    calls: list[str] = []
+
+    def note(_frame: object, event: str, called: object) -> None:
+        if event == "c_call":
+            calls.append(getattr(called, "__qualname__", ""))
+
+    sys.setprofile(note)
+    try:
+        decode(EncodedImage(data=data), _pixel_recipe(400, 500), _LIMITS, keep_source=False)
+    finally:
+        sys.setprofile(None)
+
+    assert len(data) > 3 * ImageFile.MAXBLOCK
+    assert 1 == calls.count("ImagingDecoder.decode")
 
 
 def test_transparent_palette_entries_keep_their_colour() -> None:
@@ -325,6 +368,18 @@ def _jpeg_of_scans(scans: int, sof: int, size: int = 64) -> bytes:
     frame = segment(sof, struct.pack(">BHHB", 8, size, size, 3) + b"\1\x11\0\2\x11\0\3\x11\0")
     body = b"".join(segment(0xDA, bytes([1, 1 + index % 3, 0, 0, 63, 0])) + b"\0" for index in range(scans))
     return b"\xff\xd8" + tables + frame + body + b"\xff\xd9"
+
+
+@given(
+    st.lists(st.sampled_from([b"\xff", b"\xda", b"\0"]), max_size=40),
+    st.sampled_from([0, 1, 131_068, 131_071, 131_072]),
+)
+@settings(max_examples=60)
+def test_scans_are_counted_over_the_edges_of_bands(pieces: list[bytes], zeros: int) -> None:
+    """The count is that of `bytes.count`, wherever a marker lies."""
+    data = bytes(zeros) + b"".join(pieces)
+
+    assert data.count(b"\xff\xda") == _scan_markers(data)
 
 
 @pytest.mark.parametrize(

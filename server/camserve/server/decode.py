@@ -155,13 +155,13 @@ def _decode(
 def _pixels(
     payload: EncodedImage | RawFrame, recipe: InputRecipe, *, keep_source: bool, is_whole: bool
 ) -> tuple[Pixels, ByteArray | None]:
-    """The source's pixels in the recipe's mode and, if asked, as (h w 3) uint8."""
+    """The source's pixels, in the recipe's mode or gray, and, if asked, as (h w 3) uint8."""
     mode: Mode = "L" if recipe.channels == "gray" else "RGB"
     if isinstance(payload, RawFrame):
         frame = read_frame(payload)
         image = Image.fromarray(frame)
         box = (0.0, 0.0, float(image.width), float(image.height))
-        image = image if image.mode == mode else image.convert(mode)
+        image = image if image.mode in (mode, "L") else image.convert(mode)
         source = (frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=2)) if keep_source else None
         return Pixels(image=image, width=image.width, height=image.height, box=box), source
     header = _header(payload)
@@ -175,16 +175,18 @@ def _pixels(
             # Twice the work for large JPEGs with an overlay, lest the prediction depend on whether one was asked for.
             del full
             return load_pixels(payload.data, header, mode=mode, least=least), source
-        return full if full.image.mode == mode else dataclasses.replace(full, image=full.image.convert(mode)), source
+        is_ready = full.image.mode in (mode, "L")
+        return full if is_ready else dataclasses.replace(full, image=full.image.convert(mode)), source
     except ImageFileError as error:
         raise _undecodable(payload, str(error)) from error
 
 
 def _as_array(image: Image.Image) -> ByteArray:
-    """An RGB picture as (h w 3); numpy's own way takes three copies."""
+    """An RGB or gray picture as (h w 3); numpy's own way takes three copies."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for band in bands(image.height, 3 * image.width):
-        pixels[band] = np.asarray(image.crop((0, band.start, image.width, band.stop)))
+        part = np.asarray(image.crop((0, band.start, image.width, band.stop)))
+        pixels[band] = part if part.ndim == 3 else part[..., None]
     return pixels
 
 

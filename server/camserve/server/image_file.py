@@ -61,7 +61,8 @@ class Pixels:
     """A decoded picture, upright.
 
     Attributes:
-        image: mode RGB or L; smaller than the source when it was decoded at reduced size.
+        image: mode RGB or L, whose gray is that of all three colours; smaller than the source when it was decoded at reduced
+            size.
         width: of the source after orientation.
         height: likewise.
         box: (left, top, right, bottom): the part of `image` that the source's rectangle covers exactly. A reduced JPEG's last
@@ -80,7 +81,7 @@ def load_pixels(data: bytes, header: Header, *, mode: Mode, least: tuple[int, in
     Args:
         data: the whole file.
         header: what `read_header` said of it.
-        mode: what to convert to.
+        mode: what to convert to; gray that is stored as such stays L, for it is resized in half the time.
         least: (width, height), upright, that the caller needs; a JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size,
             never below twice what is needed. None decodes in full.
 
@@ -112,6 +113,9 @@ def _load(data: bytes, header: Header, mode: Mode, least: tuple[int, int] | None
         wanted = (least[1], least[0]) if is_turned else least
         drafted = image.draft(None, (2 * wanted[0], 2 * wanted[1]))
         box = box if drafted is None else drafted[1]
+    if header.format is ImageFormat.JPEG:
+        # Pillow feeds its decoder 64 KB at a time, and after each takes its turn among the threads that want to run Python.
+        image.decodermaxblock = max(len(data), ImageFile.MAXBLOCK)
     image.load()
     bits = _stored_bits(image)
     stored_width, stored_height = image.size
@@ -147,14 +151,14 @@ def _stored_bits(image: ImageFile.ImageFile) -> tuple[int, bool]:
 def _to_mode(image: Image.Image, mode: Mode, bits: tuple[int, bool]) -> Image.Image:
     # Pillow would try to carry transparency along, and warn.
     image.info.pop("transparency", None)
-    if image.mode == mode:
+    if image.mode in (mode, "L"):
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImagePlugin.PngImageFile)):
         eight = Image.new("L", image.size)
         for band in bands(image.height, image.width):
             part = np.asarray(image.crop((0, band.start, image.width, band.stop)))
             eight.paste(Image.fromarray(_sixteen_to_eight(part, bits)), (0, band.start))
-        return eight if mode == "L" else eight.convert(mode)
+        return eight
     if image.mode in ("I", "F", "LAB"):
         kind = {"I": "signed or 32-bit integer", "F": "float", "LAB": "Lab"}[image.mode]
         raise ImageFileError(f"it holds {kind} pixels, whose range is unknown; send 8 or 16 bits, or a tensor")

@@ -7,12 +7,14 @@ Pillow's, bit for bit what torchvision's transforms do with a PIL image.
 from __future__ import annotations
 
 import dataclasses
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from camserve.server.bands import bands
 from camserve.server.image_file import Box
 from camserve.server.jobs import ByteArray, Geometry
 from camserve.server.models.recipe import InputRecipe
@@ -28,7 +30,7 @@ _FILTERS: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 # Before a crop, a sliver of 1 x 60000 pixels would be resized to gigabytes; above this only the part kept is made. The same up
-# to rounding, but not always to the last bit.
+# to rounding, but not always to the last bit: Pillow takes boxes in float32, and which axis comes first depends on the sizes.
 _LARGEST_RESIZED_PIXELS: Final = 4_000_000
 
 
@@ -98,7 +100,7 @@ def sample(image: Image.Image, box: Box, placement: Placement, recipe: InputReci
     """Resizes, crops or pads, normalises.
 
     Args:
-        image: upright, mode RGB, or L for recipes of one channel.
+        image: upright, mode RGB, or L for recipes of one channel and for gray pictures.
         box: the part of it that is the whole source.
         placement: from `place`.
         recipe: the model's.
@@ -106,16 +108,27 @@ def sample(image: Image.Image, box: Box, placement: Placement, recipe: InputReci
     Returns:
         (c h w) in the recipe's dtype, C-contiguous.
     """
-    _, height, width = recipe.shape
+    channels, height, width = recipe.shape
     columns = (max(placement.left, 0), min(placement.left + width, placement.width))
     rows = (max(placement.top, 0), min(placement.top + height, placement.height))
     shown = _resized(image, box, placement, columns, rows, _FILTERS[recipe.interpolation])
-    if shown.shape[:2] != (height, width):
-        framed = np.full((height, width, *shown.shape[2:]), recipe.pad_value, np.uint8)
-        top, left = rows[0] - placement.top, columns[0] - placement.left
-        framed[top : top + shown.shape[0], left : left + shown.shape[1]] = shown
-        shown = framed
-    return _normalised(shown.reshape(height, width, recipe.shape[0]), recipe)
+    tables = _tables(recipe.scale, recipe.mean, recipe.std, channels, recipe.dtype)
+    colours = shown.getbands()[::-1] if recipe.channels == "bgr" else shown.getbands()
+    result = np.empty(recipe.shape, recipe.dtype)
+    # Picked out of Pillow's pixels by name: one copy, and each colour's bytes side by side.
+    for colour in dict.fromkeys(colours):
+        plane: ByteArray = np.frombuffer(shown.tobytes("raw", colour), np.uint8).reshape(shown.height, shown.width)
+        if plane.shape != (height, width):
+            framed = np.full((height, width), recipe.pad_value, np.uint8)
+            top, left = rows[0] - placement.top, columns[0] - placement.left
+            framed[top : top + shown.height, left : left + shown.width] = plane
+            plane = framed
+        for band in bands(height, width):
+            codes = plane[band].astype(np.intp)
+            for channel in range(channels):
+                if colours[channel % len(colours)] == colour:
+                    np.take(tables[channel], codes, out=result[channel, band], mode="wrap")
+    return result
 
 
 def _resized(
@@ -125,11 +138,14 @@ def _resized(
     columns: tuple[int, int],
     rows: tuple[int, int],
     resampling: Image.Resampling,
-) -> ByteArray:
-    """The wanted columns and rows of the resized source, (h w) or (h w 3)."""
-    if placement.width * placement.height <= _LARGEST_RESIZED_PIXELS:
-        resized = np.asarray(image.resize((placement.width, placement.height), resampling, box=box))
-        return resized[rows[0] : rows[1], columns[0] : columns[1]]
+) -> Image.Image:
+    """The wanted columns and rows of the resized source."""
+    size = (placement.width, placement.height)
+    if size[0] * size[1] <= _LARGEST_RESIZED_PIXELS:
+        is_resized = (*size, *box) == (*image.size, 0, 0, *image.size)
+        resized = image if is_resized else image.resize(size, resampling, box=box)
+        kept = (columns[0], rows[0], columns[1], rows[1])
+        return resized if kept == (0, 0, *size) else resized.crop(kept)
     x_scale, y_scale = (box[2] - box[0]) / placement.width, (box[3] - box[1]) / placement.height
     part = (
         box[0] + columns[0] * x_scale,
@@ -137,18 +153,15 @@ def _resized(
         min(box[0] + columns[1] * x_scale, image.width),
         min(box[1] + rows[1] * y_scale, image.height),
     )
-    return np.asarray(image.resize((columns[1] - columns[0], rows[1] - rows[0]), resampling, box=part))
+    return image.resize((columns[1] - columns[0], rows[1] - rows[0]), resampling, box=part)
 
 
-def _normalised(pixels: ByteArray, recipe: InputRecipe) -> npt.NDArray[np.generic]:
-    """(h w c) uint8 to (c h w): one table of 256 results a channel, worked out in float64."""
-    channels = recipe.shape[0]
-    order = range(channels)[::-1] if recipe.channels == "bgr" else range(channels)
-    mean = np.broadcast_to(np.asarray(recipe.mean), channels)
-    std = np.broadcast_to(np.asarray(recipe.std), channels)
-    codes = np.arange(256, dtype=np.float64) * recipe.scale
-    result = np.empty(recipe.shape, recipe.dtype)
-    for channel, source_channel in enumerate(order):
-        table = ((codes - mean[channel]) / std[channel]).astype(recipe.dtype)
-        np.take(table, pixels[..., source_channel], out=result[channel], mode="clip")
-    return result
+@lru_cache(maxsize=64)
+def _tables(
+    scale: float, mean: tuple[float, ...], std: tuple[float, ...], channels: int, dtype: str
+) -> npt.NDArray[np.generic]:
+    """(c 256): what each value of a pixel becomes in each channel, worked out in float64."""
+    codes = np.arange(256, dtype=np.float64) * scale
+    means, deviations = (np.broadcast_to(np.asarray(values), channels)[:, None] for values in (mean, std))
+    tables: npt.NDArray[np.generic] = ((codes - means) / deviations).astype(dtype)
+    return tables
