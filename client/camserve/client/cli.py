@@ -1,4 +1,4 @@
-"""The `camserve` command: `explain` and `models` here, the server's own commands found through an entry-point group.
+"""The `camserve` command: `explain`, `models` and `bench` here, the server's own commands found through an entry-point group.
 
 The group `camserve.commands` is read without importing what it names, so that `camserve --help` is quick and never loads torch.
 """
@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from camserve.client.bench.command import bench
 from camserve.client.cli_explain import explain
 from camserve.client.cli_models import models
 
@@ -102,5 +103,6 @@ def main() -> None:
     """Explain what an image model looked at: the prediction first, then why."""
 
 
+main.add_command(bench)
 main.add_command(explain)
 main.add_command(models)

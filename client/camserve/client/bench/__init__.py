@@ -11,13 +11,14 @@ from __future__ import annotations
 from camserve.client.bench.figures import Bucket, Percentiles, StepFigures, figures_of
 from camserve.client.bench.load import Connections, Progress, run_step
 from camserve.client.bench.mix import Kind, Mix, input_bytes, kind
-from camserve.client.bench.records import NOT_SENT, Closed, Load, Open, Record, Step, Window
+from camserve.client.bench.records import NOT_SENT, Closed, Failure, Load, Open, Record, Step, Window
 
 __all__ = [
     "NOT_SENT",
     "Bucket",
     "Closed",
     "Connections",
+    "Failure",
     "Kind",
     "Load",
     "Mix",

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from camserve.client.bench.records import NOT_SENT, Load, Record, Step
+from camserve.client.bench.records import NOT_SENT, Failure, Load, Record, Step
 
 STAGES: Final = ("lag", "decode", "queue", "forward", "backward", "maps", "encode", "other", "transport")
 """Where the time of an answer went, in order: late in the generator, the server's stages, the rest of the server's time, and the
@@ -73,8 +73,8 @@ class StepFigures:
         not_sent: those that were due while as many as allowed were under way.
         answered: those answered in full.
         good: those answered in full within the target; the same as `answered` without one.
-        errors: the failed ones, by code and reason.
-        spec_errors: specs that failed while their request did not, by code and reason.
+        errors: the failed ones, by why.
+        spec_errors: specs that failed while their request did not, by why.
         requests_per_second: full answers that ended in the window.
         explained_per_second: those of them that carried at least one map.
         maps_per_second: maps in them.
@@ -82,6 +82,7 @@ class StepFigures:
         latency: of full answers, from when they were due to their last message; None when there was none.
         first_latency: of full answers, to their first message, the prediction.
         histogram: of the same latencies.
+        by_kind: the same latencies, by the index of their kind in the mix.
         batch_rows: mean over the answers of the rows that shared their pass; None when no summary told.
         batch_rows_counts: how many answers came from a pass of so many rows.
         stages: mean seconds in each of STAGES.
@@ -99,8 +100,8 @@ class StepFigures:
     not_sent: int
     answered: int
     good: int
-    errors: Mapping[str, int]
-    spec_errors: Mapping[str, int]
+    errors: Mapping[Failure, int]
+    spec_errors: Mapping[Failure, int]
     requests_per_second: float
     explained_per_second: float
     maps_per_second: float
@@ -108,6 +109,7 @@ class StepFigures:
     latency: Percentiles | None
     first_latency: Percentiles | None
     histogram: tuple[Bucket, ...]
+    by_kind: Mapping[int, Percentiles]
     batch_rows: float | None
     batch_rows_counts: Mapping[int, int]
     stages: Mapping[str, float]
@@ -156,7 +158,7 @@ def figures_of(steps: Step | Sequence[Step], *, target_seconds: float | None = N
         not_sent=sum(record.code == NOT_SENT for record in due),
         answered=len(answers),
         good=sum(map(good, answers)),
-        errors=_counts(_failure(record) for record in due if record.code not in {"OK", NOT_SENT}),
+        errors=_counts(Failure(record.code, record.reason) for record in due if record.code not in {"OK", NOT_SENT}),
         spec_errors=_counts(error for record in due for error in record.spec_errors),
         requests_per_second=rate(len(ended)),
         explained_per_second=rate(sum(record.maps > 0 for record in ended)),
@@ -165,6 +167,7 @@ def figures_of(steps: Step | Sequence[Step], *, target_seconds: float | None = N
         latency=percentiles(latencies),
         first_latency=percentiles([record.first_latency for record in answers if record.first_latency is not None]),
         histogram=histogram(latencies),
+        by_kind=_by_kind(answers),
         batch_rows=statistics.fmean(batch_rows) if batch_rows else None,
         batch_rows_counts=dict(sorted(collections.Counter(batch_rows).items())),
         stages=_stages(answers),
@@ -229,13 +232,16 @@ def _within(target_seconds: float | None) -> Callable[[Record], bool]:
     return lambda record: target_seconds is None or record.latency <= target_seconds
 
 
-def _failure(record: Record) -> str:
-    """What a failed request is counted under; one whose specs failed is told by them."""
-    return f"{record.code} {record.reason}".strip()
+def _counts(failures: Iterable[Failure]) -> dict[Failure, int]:
+    return dict(collections.Counter(failures).most_common())
 
 
-def _counts(words: Iterable[str]) -> dict[str, int]:
-    return dict(collections.Counter(words).most_common())
+def _by_kind(answers: Sequence[Record]) -> dict[int, Percentiles]:
+    latencies: dict[int, list[float]] = collections.defaultdict(list)
+    for record in answers:
+        latencies[record.kind].append(record.latency)
+    told = {kind: percentiles(values) for kind, values in sorted(latencies.items())}
+    return {kind: found for kind, found in told.items() if found is not None}
 
 
 def _stages(answers: Sequence[Record]) -> dict[str, float]:

@@ -20,7 +20,7 @@ import grpc.aio
 from camserve.client import channels
 from camserve.client.bench.arrivals import poisson
 from camserve.client.bench.mix import Mix
-from camserve.client.bench.records import NOT_SENT, Closed, Load, Open, Record, Step, Window
+from camserve.client.bench.records import NOT_SENT, Closed, Failure, Load, Open, Record, Step, Window
 from camserve.client.channels import Tls
 from camserve.client.errors import CamserveError, Internal, Unavailable, from_rpc_error, from_status
 from camserve.client.results import Summary, event_from_proto
@@ -287,7 +287,7 @@ class _Answer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.first: float | None = None
-        self.spec_errors: list[str] = []
+        self.spec_errors: list[Failure] = []
         self.maps = 0
         self.partial_maps = 0
         self.received_bytes = 0
@@ -316,7 +316,7 @@ class _Answer:
                 self.partial_maps += heatmap_pb2.MAP_FLAG_PARTIAL in response.heatmap.flags
             case "spec_error":
                 error = from_status(response.spec_error.status)
-                self.spec_errors.append(f"{error.code} {error.reason}".strip())
+                self.spec_errors.append(Failure(error.code, error.reason))
             case "summary":
                 event = event_from_proto(response, None)
                 self.summary = event if isinstance(event, Summary) else None

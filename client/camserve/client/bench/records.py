@@ -99,6 +99,24 @@ class Window:
             raise ValueError(f"warm_up_seconds is {self.warm_up_seconds}; 0 means none")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request failed, or one spec of it.
+
+    Attributes:
+        code: gRPC's status, such as "RESOURCE_EXHAUSTED".
+        reason: camserve's reason, such as "QUEUE_FULL"; empty where it gave none, such as gRPC's own deadline.
+    """
+
+    code: str
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.reason:
+            return f"{self.code}, told by gRPC itself"
+        return self.code if self.code == self.reason else f"{self.code} {self.reason}"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One request, as its caller saw it.
@@ -110,9 +128,9 @@ class Record:
         first: when the first message, the prediction, had arrived; None if none did.
         ended: when the last message or the failure had arrived.
         code: gRPC's status, such as "OK" or "RESOURCE_EXHAUSTED"; NOT_SENT if it was not sent.
-        reason: camserve's reason, such as "QUEUE_FULL"; empty where it gave none, such as gRPC's own deadline.
+        reason: camserve's reason, such as "QUEUE_FULL"; empty where it gave none.
         retry_after: seconds after which the server asked to be tried again, or None.
-        spec_errors: code and reason of each spec that failed while the request did not.
+        spec_errors: why of each spec that failed while the request did not.
         maps: how many maps arrived.
         partial_maps: how many of them were unfinished when their deadline came.
         batch_rows: rows that shared the pass, from the summary; None without one.
@@ -128,7 +146,7 @@ class Record:
     code: str
     reason: str = ""
     retry_after: float | None = None
-    spec_errors: tuple[str, ...] = ()
+    spec_errors: tuple[Failure, ...] = ()
     maps: int = 0
     partial_maps: int = 0
     batch_rows: int | None = None

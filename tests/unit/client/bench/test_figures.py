@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camserve.client.bench import NOT_SENT, Closed, Open, Record, Step, figures_of
+from camserve.client.bench import NOT_SENT, Closed, Failure, Open, Record, Step, figures_of
 from camserve.client.bench.figures import STAGES, histogram, percentiles
 from camserve.client.results import Timings
 
+UNUSABLE = Failure("FAILED_PRECONDITION", "LAYER_UNUSABLE")
 LATENCIES = st.lists(st.floats(0, 1000), min_size=1, max_size=300)
 TIMINGS = Timings(decode=0.01, queue=0.02, forward=0.03, backward=0.04, maps=0.005, encode=0.005, total=0.12)
 
@@ -108,7 +109,7 @@ def test_good_is_whole_and_within_the_target() -> None:
     records = [
         record(1.0),
         record(2.0, latency=0.6),
-        record(3.0, spec_errors=("FAILED_PRECONDITION LAYER_UNUSABLE",)),
+        record(3.0, spec_errors=(UNUSABLE,)),
         record(4.0, code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL", retry_after=0.5),
         record(5.0, code="DEADLINE_EXCEEDED"),
         record(6.0, code=NOT_SENT, sent=None, first=None),
@@ -119,8 +120,8 @@ def test_good_is_whole_and_within_the_target() -> None:
     assert (6, 1, 2, 1) == (figures.due, figures.not_sent, figures.answered, figures.good)
     assert 1 / 6 == pytest.approx(figures.good_share)
     assert 4 / 6 == pytest.approx(figures.error_share)
-    assert {"RESOURCE_EXHAUSTED QUEUE_FULL": 1, "DEADLINE_EXCEEDED": 1} == figures.errors
-    assert {"FAILED_PRECONDITION LAYER_UNUSABLE": 1} == figures.spec_errors
+    assert {Failure("RESOURCE_EXHAUSTED", "QUEUE_FULL"): 1, Failure("DEADLINE_EXCEEDED", ""): 1} == figures.errors
+    assert {UNUSABLE: 1} == figures.spec_errors
     assert (0.2, 0.1) == (figures.requests_per_second, figures.good_per_second)
 
 

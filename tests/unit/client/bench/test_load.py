@@ -13,6 +13,7 @@ from camserve.client.bench import (
     NOT_SENT,
     Closed,
     Connections,
+    Failure,
     Mix,
     Open,
     Progress,
@@ -153,7 +154,11 @@ async def test_a_spec_that_fails_is_no_full_answer(peer: Peer, png: bytes) -> No
         step = await run_step(connections, mix, Closed(1), Window(requests=1))
 
     (record,) = step.records
-    assert ("OK", 1, ("FAILED_PRECONDITION LAYER_UNUSABLE",)) == (record.code, record.maps, record.spec_errors)
+    assert ("OK", 1, (Failure("FAILED_PRECONDITION", "LAYER_UNUSABLE"),)) == (
+        record.code,
+        record.maps,
+        record.spec_errors,
+    )
     assert not record.is_ok
 
 
