@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +17,19 @@ def forwarded(value: float) -> RowForwarded:
     scores = np.array([value], np.float32)
     reading = Reading(kind=OutputKind.REGRESSION, scores=scores, probabilities=scores)
     return RowForwarded(reading=reading, started_at=0.0)
+
+
+class CountingLoop:
+    """A loop's way in for other threads, with a count of how often it was taken."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.wake_ups = 0
+
+    def call_soon_threadsafe(self, work: Callable[[], None]) -> None:
+        """As the loop's own."""
+        self.wake_ups += 1
+        self._loop.call_soon_threadsafe(work)
 
 
 async def test_outcomes_come_in_order():
@@ -41,6 +55,21 @@ async def test_letters_cross_from_the_device_thread_in_order():
     assert rows[1] is await other.next()
     assert rows[2] is await one.next()
     thread.join()
+
+
+async def test_a_busy_loop_is_woken_once():
+    """Letters that come while the loop is at something else arrive together and in order: a wake-up is a system call."""
+    reply, rows = Reply(), [forwarded(value) for value in range(3)]
+    loop = CountingLoop(asyncio.get_running_loop())
+
+    for row in rows:
+        deliver(loop, [(reply, row)])
+
+    assert 1 == loop.wake_ups
+    assert rows == [await reply.next() for _ in rows]
+    deliver(loop, [(reply, rows[0])])
+    assert 2 == loop.wake_ups
+    assert rows[0] is await reply.next()
 
 
 async def test_waiting_ends_at_the_deadline():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import weakref
 from typing import TypeAlias
 
 from camserve.server.errors import CamserveError
@@ -78,11 +79,34 @@ class Reply:
             self._awaited.set_result(None)
 
 
+class _Post:
+    """Letters from the device thread to one loop. A loop that is busy finds all that came meanwhile at one wake-up.
+
+    A wake-up is a system call, at which the device thread lets go of the interpreter and then waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._letters: collections.deque[tuple[Reply, Outcome]] = collections.deque()
+        self._is_called = False
+
+    def send(self, loop: asyncio.AbstractEventLoop, letters: list[tuple[Reply, Outcome]]) -> None:
+        """From the device thread: letters first, then the look at the flag, lest a letter stay behind."""
+        self._letters.extend(letters)
+        if not self._is_called:
+            self._is_called = True
+            loop.call_soon_threadsafe(self._put_all)
+
+    def _put_all(self) -> None:
+        """On the loop: the flag first, then the letters, for the same reason."""
+        self._is_called = False
+        while self._letters:
+            reply, outcome = self._letters.popleft()
+            reply.put(outcome)
+
+
+_POSTS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = weakref.WeakKeyDictionary()
+
+
 def deliver(loop: asyncio.AbstractEventLoop, letters: list[tuple[Reply, Outcome]]) -> None:
-    """Hands outcomes from the device thread to the loop, in order, with one wake-up for all of them."""
-    loop.call_soon_threadsafe(_put_all, letters)
-
-
-def _put_all(letters: list[tuple[Reply, Outcome]]) -> None:
-    for reply, outcome in letters:
-        reply.put(outcome)
+    """Hands outcomes from the device thread to the loop, in order, with as few wake-ups as the loop is quick to answer."""
+    _POSTS.setdefault(loop, _Post()).send(loop, letters)
