@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from benchmarks.peers.answers import Answer, Ask, NotReady
 from benchmarks.peers.contenders import CONTENDERS, Contender, Launch, Setup
 from benchmarks.peers.figures import Measured
 from benchmarks.peers.load import closed_loop
-from benchmarks.peers.processes import ProcessTree, running
+from benchmarks.peers.processes import ProcessTree, interrupt_once, running
 from PIL import Image
 
 _START_SECONDS = 300
@@ -40,8 +39,7 @@ _PEERS = ("grad-cam", "litserve", "mlserver", "ray", "torch", "torchvision")
 def main() -> int:
     """Returns 1 when a binding claim does not hold."""
     given = _arguments()
-    # Whoever ends this process ends the server that it measures.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_once()
     folder = given.out / "peers"
     folder.mkdir(parents=True, exist_ok=True)
     made = subprocess.run(  # noqa: S603 - this interpreter and a module beside this file

@@ -100,10 +100,16 @@ def _script(setup: Setup, *, file: str, form: str, path: str, is_upload: bool) -
 def _mlserver(setup: Setup, *, form: str) -> Launch:
     """`mlserver start` over a folder with its two settings files; one parallel worker, its default, keeps the loop free."""
     grpc_port, http_port, metrics_port = free_ports(3)
-    folder = setup.folder / f"mlserver-{form}"
-    folder.mkdir(exist_ok=True)
-    ports = {"host": "127.0.0.1", "grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
-    (folder / "settings.json").write_text(json.dumps(ports), encoding="utf-8")
+    folder = setup.folder / f"mlserver-{form}" / MODEL
+    folder.mkdir(parents=True, exist_ok=True)
+    server = {
+        "debug": False,
+        "host": "127.0.0.1",
+        "grpc_port": grpc_port,
+        "http_port": http_port,
+        "metrics_port": metrics_port,
+    }
+    (folder / "settings.json").write_text(json.dumps(server), encoding="utf-8")
     extra = {"form": form, "threads": setup.threads, "device": setup.device}
     model = {
         "name": MODEL,
@@ -114,7 +120,7 @@ def _mlserver(setup: Setup, *, form: str) -> Launch:
     }
     (folder / "model-settings.json").write_text(json.dumps(model), encoding="utf-8")
     return Launch(
-        command=(str(setup.python), "-m", "mlserver.cli.main", "start", str(folder)),
+        command=(str(setup.python.with_name("mlserver")), "start", str(folder)),
         environment=_peer_environment(setup),
         connect=partial(answers.open_inference, grpc_port),
     )

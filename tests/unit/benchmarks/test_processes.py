@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +21,22 @@ child = subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, s
 child.stdout.readline()
 print(child.pid, flush=True)
 child.wait()
+"""
+DRIVER = """
+import asyncio, contextlib, pathlib, sys
+from benchmarks.peers.processes import interrupt_once, running
+
+async def measure():
+    print("measuring", flush=True)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        print("ending", flush=True)
+
+interrupt_once()
+with contextlib.suppress(KeyboardInterrupt):
+    with running([sys.executable, "-c", sys.argv[1]], environment={}, log=pathlib.Path(sys.argv[2]), patience_seconds=1):
+        asyncio.run(measure())
 """
 OBEDIENT = STUBBORN.replace("signal.SIG_IGN", "lambda *_: sys.exit()")
 
@@ -49,6 +68,28 @@ def test_whole_tree_ends_also_after_an_exception(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not children[0].is_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_impatient_caller_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
+    """A driver that is told to end twice still ends its server, though that takes a while."""
+    log = tmp_path / "log"
+    driver = subprocess.Popen(  # noqa: S603 - this interpreter
+        [sys.executable, "-c", DRIVER, STUBBORN, str(log)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+    )
+    assert driver.stdout is not None
+    assert b"measuring\n" == driver.stdout.readline()
+    child = child_of(log)
+
+    driver.send_signal(number)
+    assert b"ending\n" == driver.stdout.readline()
+    driver.send_signal(number)
+
+    assert 0 == driver.wait(timeout=30)
+    driver.stdout.close()
+    assert not child.is_running()
 
 
 def test_stubborn_processes_are_killed(tmp_path: Path) -> None:
