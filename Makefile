@@ -3,7 +3,7 @@
 #   make test    the suite          make test-slow   the long suites
 #   make check   format, lint, types, protos, import rules
 #   make serve   a server on port 50051 with the demo model
-#   make bench   the benchmarks
+#   make bench   the benchmarks          make bench-peers   only the one beside other servers
 #   make docs    docs/methods.md and docs/pictures, written from the code
 # TORCH_BACKEND=cpu (or cu128, auto …) picks the torch build, for machines without a GPU.
 
@@ -12,9 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH_BACKEND ?=
+PEERS := build/peers/.installed
+PEERS_OPTIONS ?=
 PROTOS := $(wildcard protos/camserve/v1/*.proto)
 
-.PHONY: demo test test-slow check format serve bench docs stubs train clean
+.PHONY: demo test test-slow check format serve bench bench-peers docs stubs train clean
 
 # uv from the machine if it is there, else from PyPI into the environment.
 $(INSTALLED): pyproject.toml protos/generate_stubs.py $(PROTOS)
@@ -52,6 +54,20 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED)
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/pytest tests/benchmarks -m benchmark -s
+	$(MAKE) bench-peers
+
+# The other servers live in an environment of their own, with the same torch. The quick form is
+#   make bench-peers PEERS_OPTIONS='--rounds 1 --seconds 4 --concurrency 8'
+$(PEERS): tests/benchmarks/peers/requirements.txt $(INSTALLED)
+	rm -rf build/peers
+	PATH="$(abspath $(BIN)):$$PATH" uv venv --quiet --python $(BIN)/python build/peers/env
+	PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath build/peers/env)" uv pip install --quiet \
+		$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) --requirement $< \
+		"torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
+	@touch $@
+
+bench-peers: $(PEERS)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(PEERS_OPTIONS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -W ignore -m camserve.server.reference.page docs
