@@ -66,6 +66,11 @@ def measure(payload: JobInput, limits: DecodeLimits) -> int:
         InvalidRequest: IMAGE_TOO_LARGE; IMAGE_UNDECODABLE for what is not one still image of a format we take; TENSOR_MISMATCH
             for frames and tensors whose sizes and bytes do not agree.
     """
+    return _examined(payload, limits)[0]
+
+
+def _examined(payload: JobInput, limits: DecodeLimits) -> tuple[int, Header | None]:
+    """What `measure` gives, and the header of a file, lest it be read twice."""
     if len(payload.data) > limits.max_bytes:
         raise InvalidRequest(
             Reason.IMAGE_TOO_LARGE,
@@ -74,12 +79,12 @@ def measure(payload: JobInput, limits: DecodeLimits) -> int:
         )
     if isinstance(payload, EncodedImage):
         header = _header(payload)
-        return _within(header.width, header.height, limits) + _within(*header.tile, limits)
+        return _within(header.width, header.height, limits) + _within(*header.tile, limits), header
     if isinstance(payload, RawFrame):
         check_frame(payload)
-        return _within(payload.width, payload.height, limits)
+        return _within(payload.width, payload.height, limits), None
     elements = check_tensor(payload)
-    return _within(elements // (payload.shape or (1,))[0], 1, limits)
+    return _within(elements // (payload.shape or (1,))[0], 1, limits), None
 
 
 def decode(
@@ -113,7 +118,7 @@ def _decode(
     payload: JobInput, recipe: InputRecipe, limits: DecodeLimits, *, keep_source: bool, region: Region | None
 ) -> Sample:
     started = time.perf_counter()
-    measure(payload, limits)
+    _, header = _examined(payload, limits)
     if isinstance(payload, TensorInput):
         if region is not None:
             raise InvalidRequest(
@@ -127,7 +132,7 @@ def _decode(
             f"this model does not take images; send a tensor of {recipe.dtype} {recipe.shape}",
             metadata={"dtype": recipe.dtype, "shape": recipe.shape},
         )
-    pixels, source = _pixels(payload, recipe, keep_source=keep_source, is_whole=region is None)
+    pixels, source = _pixels(payload, header, recipe, keep_source=keep_source, is_whole=region is None)
     whole = Region(left=0, top=0, width=pixels.width, height=pixels.height)
     shown = whole if region is None else _checked(region, whole)
     image, box = pixels.image, pixels.box
@@ -153,7 +158,7 @@ def _decode(
 
 
 def _pixels(
-    payload: EncodedImage | RawFrame, recipe: InputRecipe, *, keep_source: bool, is_whole: bool
+    payload: EncodedImage | RawFrame, header: Header | None, recipe: InputRecipe, *, keep_source: bool, is_whole: bool
 ) -> tuple[Pixels, ByteArray | None]:
     """The source's pixels, in the recipe's mode or gray, and, if asked, as (h w 3) uint8."""
     mode: Mode = "L" if recipe.channels == "gray" else "RGB"
@@ -164,7 +169,7 @@ def _pixels(
         image = image if image.mode in (mode, "L") else image.convert(mode)
         source = (frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=2)) if keep_source else None
         return Pixels(image=image, width=image.width, height=image.height, box=box), source
-    header = _header(payload)
+    header = header or _header(payload)
     least = _least(header, recipe) if is_whole else None
     try:
         if not keep_source:
