@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from camserve.client.async_client import AsyncClient
 from camserve.client.boxes import Box, Detection, HeatRegion
-from camserve.client.cards import ExtraInputInfo, InputInfo, LayerInfo, MethodInfo, ModelCard, ModelStatus
+from camserve.client.cards import ExtraInputInfo, InputInfo, LayerInfo, MethodInfo, ModelCard, ModelPlan, ModelStatus
 from camserve.client.channels import Tls
 from camserve.client.errors import (
     CamserveError,
@@ -80,6 +80,7 @@ __all__ = [
     "LayerInfo",
     "MethodInfo",
     "ModelCard",
+    "ModelPlan",
     "ModelStatus",
     "NotFound",
     "Overloaded",

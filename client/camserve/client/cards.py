@@ -87,6 +87,25 @@ class InputInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """How a model is run, as its server chose by trial when it loaded it.
+
+    Attributes:
+        form: "folded, channels last", "folded", or "as loaded"; empty when the server does not say.
+        speedup: of a forward over the program as loaded.
+        deviation: largest difference of an output from the program as loaded, relative to the largest output.
+        threads: of one operation on a CPU; 0 for the library's own number.
+        chunk_rows: inputs that an amplified method tries before other requests get their turn.
+    """
+
+    form: str
+    speedup: float
+    deviation: float
+    threads: int
+    chunk_rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExtraInputInfo:
     """An input that a request must send besides the first.
 
@@ -130,6 +149,7 @@ class ModelCard:
         stages: the last layer of each resolution that gives a map, shallowest first.
         phrases: those that a `Phrase` may ask about.
         extra_inputs: what a request must send besides the first input.
+        plan: how it is run.
     """
 
     name: str
@@ -155,6 +175,7 @@ class ModelCard:
     stages: tuple[str, ...]
     phrases: tuple[str, ...]
     extra_inputs: tuple[ExtraInputInfo, ...]
+    plan: ModelPlan
 
 
 def status_from_proto(message: model_service_pb2.ModelStatus) -> ModelStatus:
@@ -215,5 +236,12 @@ def card_from_proto(message: model_service_pb2.ModelCard) -> ModelCard:
         extra_inputs=tuple(
             ExtraInputInfo(name=extra.name, shape=tuple(extra.shape), dtype=extra.dtype)
             for extra in message.extra_inputs
+        ),
+        plan=ModelPlan(
+            form=message.plan.form,
+            speedup=message.plan.speedup,
+            deviation=message.plan.deviation,
+            threads=message.plan.threads,
+            chunk_rows=message.plan.chunk_rows,
         ),
     )

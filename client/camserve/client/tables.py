@@ -29,6 +29,13 @@ def show_statuses(statuses: tuple[ModelStatus, ...]) -> None:
     Console().print(table)
 
 
+def _plan(card: ModelCard) -> str:
+    plan = card.plan
+    gain = f", {plan.speedup:.2f} x as fast, outputs within {plan.deviation:.0e}" if plan.speedup != 1 else ""
+    threads = f", {plan.threads} threads" if plan.threads > 1 else ""
+    return f"{plan.form}{gain}{threads}; amplified methods by {plan.chunk_rows} rows"
+
+
 def show_card(card: ModelCard) -> None:
     """Prints what is known about a model, then its layers and its methods."""
     console = Console()
@@ -44,6 +51,7 @@ def show_card(card: ModelCard) -> None:
         *([("phrases", ", ".join(card.phrases))] if card.phrases else []),
         ("kind", f"{card.kind} on {card.device} in {card.dtype}"),
         ("batch", _batch(card)),
+        *([("plan", _plan(card))] if card.plan.form else []),
         ("model sha256", card.model_sha256),
         ("warm-up", f"{card.warm_up_seconds:.2f} s"),
         *(("note", note) for note in card.notes),

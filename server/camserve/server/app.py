@@ -133,6 +133,8 @@ class App:
                 device=self.device,
                 max_batch_rows=self.settings.max_batch_rows,
                 max_maps=self.settings.max_maps,
+                slice_seconds=self.settings.slice_seconds,
+                most_threads=self.settings.torch_threads or torch.get_num_threads(),
             )
             try:
                 served = await self._runner.call(load)
@@ -153,6 +155,9 @@ class App:
                 kind=card.kind,
                 classes=card.class_count,
                 default_layer=card.default_layer,
+                plan=card.plan.form,
+                speedup=round(card.plan.speedup, 2),
+                threads=card.plan.threads,
                 seconds=round(card.warm_up_seconds, 3),
             )
         self._is_loading = False

@@ -31,7 +31,15 @@ class Settings(BaseSettings):
         None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
     )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")
-    torch_threads: int = Field(0, ge=0, description="Threads of one pass on CPU; 0 takes one for each core.")
+    torch_threads: int = Field(
+        0, ge=0, description="Most threads of one pass on CPU, of which each model takes what serves it; 0 means all cores."
+    )
+    slice_seconds: float = Field(
+        0.020,
+        gt=0,
+        le=60,
+        description="Longest piece of an amplified method that runs before others get their turn, unless one row takes longer.",
+    )
     decode_threads: int = Field(0, ge=0, description="Threads that decode and encode; 0 takes one for each core.")
     max_batch_rows: int = Field(16, ge=1, le=1024, description="Most rows in one pass; a model's card may say less.")
     batch_window_seconds: float = Field(

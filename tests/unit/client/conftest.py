@@ -128,6 +128,8 @@ class Peer(explanation_service_pb2_grpc.ExplanationServiceServicer, model_servic
             phrases=["a scratch"],
         )
         card.extra_inputs.add(name="mask", shape=[1, 4], dtype="float32")
+        card.plan.form, card.plan.speedup, card.plan.deviation = "folded, channels last", 1.5, 2e-6
+        card.plan.threads, card.plan.chunk_rows = 2, 4
         card.input.shape.extend([3, 32, 32])
         card.layers.add(name="layer2", shape=[8, 2, 2], layout="LAYER_LAYOUT_CHANNELS_FIRST", map_shape=[2, 2])
         card.layers.add(name="flat", shape=[8], refusal="no spatial extent")

@@ -50,8 +50,8 @@ def test_the_public_names_are_these() -> None:
     expected = """
         Above AsyncClient Box CamserveError Cancelled ClassScore Client CorruptPayload DeadlineExceeded Denied Detection
         DetectionBox Difference Embedding Event ExtraInputInfo FailedPrecondition FieldViolation Geometry HeatRegion Heatmap
-        InputInfo Internal InvalidInput InvalidRequest Kth LayerInfo MethodInfo ModelCard ModelStatus NotFound Overloaded Phrase
-        Prediction Region ResolvedTarget Result Similar Spec SpecError Steps Summary TensorInput Timings Tls TopK Unavailable
+        InputInfo Internal InvalidInput InvalidRequest Kth LayerInfo MethodInfo ModelCard ModelPlan ModelStatus NotFound Overloaded
+        Phrase Prediction Region ResolvedTarget Result Similar Spec SpecError Steps Summary TensorInput Timings Tls TopK Unavailable
         Unimplemented
     """.split()  # noqa: SIM905  # Fifty quoted names are harder to read.
 
@@ -345,6 +345,12 @@ def test_cards_hold_what_the_server_says(client: Client) -> None:
     assert [("grad-cam", True), ("cam", False)] == [(method.method, method.works) for method in card.methods]
     assert ("torchscript", 1.5, None) == (card.kind, card.warm_up_seconds, card.static_batch_rows)
     assert ("classification", ("layer1", "layer2"), ("a scratch",)) == (card.output_kind, card.stages, card.phrases)
+    assert ("folded, channels last", 1.5, 2, 4) == (
+        card.plan.form,
+        card.plan.speedup,
+        card.plan.threads,
+        card.plan.chunk_rows,
+    )
     assert [("mask", (1, 4), "float32")] == [(extra.name, extra.shape, extra.dtype) for extra in card.extra_inputs]
     assert ["failed", "ready"] == [status.state for status in client.models()]
     with pytest.raises(NotFound, match="there are surface"):

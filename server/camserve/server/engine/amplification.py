@@ -15,6 +15,7 @@ from torch import Tensor
 from camserve.server.cam.methods import Amplified, Step
 from camserve.server.engine.graph import is_device_failure
 from camserve.server.engine.mapping import failed, finished_map
+from camserve.server.engine.pace import use_threads
 from camserve.server.engine.plan import Ask, PassModel
 from camserve.server.engine.scene import RowScene
 from camserve.server.engine.stopwatch import Lap
@@ -72,6 +73,7 @@ class Amplification:
         Raises:
             RuntimeError: the device failed.
         """
+        use_threads(self._model.pace.threads)
         try:
             with Lap(self._model.program.device) as lap, torch.no_grad():
                 step = next(self._steps, None)

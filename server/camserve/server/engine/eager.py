@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from camserve.server.engine.eager_attention import watched_attention
 from camserve.server.engine.eager_biases import UsedTensors, biases_of_modules
+from camserve.server.engine.eager_folded import rewritten_module
 from camserve.server.engine.eager_relu import gated_modules
 from camserve.server.engine.hooked import HookedProgram
 from camserve.server.engine.hooked_relu import GATES
@@ -38,9 +39,17 @@ class EagerProgram(HookedProgram):
         module: takes tensors, returns a tensor or a structure of tensors.
         device: where it runs.
         dtype: the floating dtype it computes in.
+        folded: paths of layers whose own value is gone; see `rewritten`.
     """
 
-    def __init__(self, module: nn.Module, *, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        folded: frozenset[str] = frozenset(),
+    ) -> None:
         self._used = UsedTensors()
         _leave_inference_mode(module)
         paths = [(path, child) for path, child in module.named_modules() if path]
@@ -55,6 +64,24 @@ class EagerProgram(HookedProgram):
             device=torch.device(device),
             dtype=dtype,
         )
+        self._folded = folded
+
+    def rewritten(self, inputs: Sequence[Tensor], *, channels_last: bool) -> EagerProgram | None:
+        """A copy with batch normalisations folded into convolutions, and weights channels last if asked; with weights of its own.
+
+        Args:
+            inputs: of one forward, which shows what can be folded.
+            channels_last: whether to change the layout too.
+
+        Returns:
+            None if there is nothing to rewrite.
+        """
+        module, folded = rewritten_module(self._module, inputs, channels_last=channels_last)
+        if not folded and not (channels_last and any(isinstance(child, nn.Conv2d) for child in module.modules())):
+            return None
+        other = EagerProgram(module, device=self.device, dtype=self.dtype, folded=folded)
+        other.run(*inputs)  # Shows its calls, which are those of this one.
+        return other
 
     def biases(self) -> dict[TapName, Tensor]:
         """What each affine layer adds, by class of module. Raises as `Program.biases`, and as `calls`."""

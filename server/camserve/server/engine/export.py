@@ -75,6 +75,16 @@ class ExportProgram(HookedProgram):
         """Parameters and buffers by the names they had in the eager model."""
         return {_CALL_SUFFIX.sub("", name): tensor for name, tensor in super().tensors().items()}
 
+    def rewritten(self, _inputs: Sequence[torch.Tensor], *, channels_last: bool) -> ExportProgram | None:
+        """This program, to be given its inputs channels last, if asked: its operators then lay out what they make likewise.
+
+        Batch normalisations stay: in an exported graph they are operators beside convolutions, not layers that can be folded.
+
+        Returns:
+            None if there is nothing to rewrite.
+        """
+        return self if channels_last else None
+
     def biases(self) -> dict[TapName, torch.Tensor]:
         """What each affine operator adds, by the module call that returns its result. Raises as `Program.biases`."""
         if self._flat is None:

@@ -20,7 +20,7 @@ from camserve.server.engine.digests import digest_tensors
 from camserve.server.engine.hooks import Taps, addresses_of, plain_attention, recorded, tapped
 from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Capture, Cut, Digests, ProgramKind, TapName
 from camserve.server.engine.rerun import RerunCut
-from camserve.server.errors import NotFound, Reason, Unavailable, Unsupported
+from camserve.server.errors import CamserveError, NotFound, Reason, Unavailable, Unsupported
 
 __all__ = ["HookedProgram"]
 
@@ -66,6 +66,7 @@ class HookedProgram(abc.ABC):
         self._dtype = dtype
         self._calls: tuple[Call, ...] | None = None
         self._cuts: collections.OrderedDict[TapName, Cut] = collections.OrderedDict()
+        self._folded: frozenset[str] = frozenset()
 
     @property
     def kind(self) -> ProgramKind:
@@ -104,9 +105,12 @@ class HookedProgram(abc.ABC):
         """What the program is: its weights as held here (device and dtype applied), and its code."""
         return digest_tensors(self.tensors(), self._code)
 
-    def quick(self, *inputs: Tensor) -> Any:
-        """As `run`: Python modules are run as they are."""
-        return self.run(*inputs)
+    def keeps(self, tap: TapName) -> bool:
+        """Whether a rewritten program still has what a tap of the original names."""
+        try:
+            return self._place(tap).path not in self._folded
+        except CamserveError:
+            return False
 
     def run(self, *inputs: Tensor) -> Any:
         """One forward without grad; the inputs are not changed."""

@@ -30,6 +30,7 @@ from camserve.server.engine.evidence import Differentiated
 from camserve.server.engine.further import FurtherForwards, rules_of
 from camserve.server.engine.graph import Chosen, Gradients, PassGraph, capture_graph, moved
 from camserve.server.engine.mapping import Mapper
+from camserve.server.engine.pace import use_threads
 from camserve.server.engine.plan import Ask, PassModel, check, distinct_aims, settle
 from camserve.server.engine.program import INPUT, BackwardRule, TapName
 from camserve.server.engine.stopwatch import Lap
@@ -123,6 +124,7 @@ def run_pass(
         yield Closed(forward_seconds=0.0, backward_seconds=0.0, map_seconds=0.0, explanations=0)
         return
     device = model.program.device
+    use_threads(model.pace.threads)
     inputs = [moved(model, value) for value in (batch, *extras)]
     asks, failures = check(model, [(row, spec) for row in wanted for spec in rows[row]])
     with Lap(device) as forward:

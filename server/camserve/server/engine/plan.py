@@ -24,12 +24,13 @@ from camserve.server.cam.methods import (
 from camserve.server.cam.methods.augmentation import augmented
 from camserve.server.engine.head import LinearHead
 from camserve.server.engine.layout import Layout
+from camserve.server.engine.pace import Pace
 from camserve.server.engine.program import ATTENTION, INPUT, BackwardRule, Program, TapName
 from camserve.server.engine.readouts import Aim
 from camserve.server.errors import CamserveError, ExecutionFailed, InvalidRequest, Reason, Unsupported
 from camserve.server.jobs import FloatArray, OutputKind, ResolvedTarget, Score, Spec, SpecFailed, Target
 
-__all__ = ["Aiming", "Ask", "Failure", "PassModel", "check", "distinct_aims", "fresh", "rule_of", "settle"]
+__all__ = ["Aiming", "Ask", "Failure", "PassModel", "check", "distinct_aims", "fresh", "rule_of", "settle", "taps_of"]
 
 _RULES = {
     Need.GUIDED_GRADIENT: BackwardRule.GUIDED,
@@ -55,6 +56,8 @@ class PassModel:
         static_rows: the only number of rows the program takes, or None.
         whole_batch_maps: whether raw maps are computed for the whole batch at once rather than for one row; None takes rows on
             the CPU, where arithmetic costs most, and the batch elsewhere, where launching does. Last bits may differ.
+        depths: how far back each layer lies, by its name as specs write it: 1 at the deepest stage, 2 at the one before it.
+        pace: threads and chunks.
     """
 
     program: Program
@@ -69,6 +72,8 @@ class PassModel:
     max_maps: int = 128
     static_rows: int | None = None
     whole_batch_maps: bool | None = None
+    depths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pace: Pace = dataclasses.field(default_factory=Pace)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,12 +226,13 @@ def _ask(model: PassModel, row: int, spec: Spec) -> Ask:
         spec=spec,
         method=method,
         arithmetic=arithmetic,
-        taps=_taps(model, method, spec),
+        taps=taps_of(model, method, spec),
         layouts=tuple(_layout(model, layer) for layer in spec.layers) if is_layered else (),
     )
 
 
-def _taps(model: PassModel, method: Method, spec: Spec) -> tuple[TapName, ...]:
+def taps_of(model: PassModel, method: Method, spec: Spec) -> tuple[TapName, ...]:
+    """What a spec's method reads."""
     match method.reads:
         case Reads.LAYERS:
             return tuple(TapName.parse(layer) for layer in spec.layers)

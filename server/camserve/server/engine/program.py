@@ -197,13 +197,6 @@ class Program(Protocol):
         """One forward without grad; returns what the model returns."""
         ...
 
-    def quick(self, *inputs: Tensor) -> Any:
-        """As `run`, for forwards that are only scored: operators may be folded and fused, so last bits may differ from `run`'s.
-
-        The same inputs give the same bits every time.
-        """
-        ...
-
     def biases(self) -> Mapping[TapName, Tensor]:
         """What each affine layer adds to its output, (c), in order of execution; FullGrad's bias gradients start there.
 

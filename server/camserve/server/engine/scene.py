@@ -83,7 +83,9 @@ class RowScene:
     @property
     def chunk_rows(self) -> int:
         """Most inputs that may be tried at once."""
-        return max(1, self._model.max_rows if self._model.static_rows is None else self._model.static_rows)
+        if self._model.static_rows is not None:
+            return max(1, self._model.static_rows)
+        return max(1, min(self._model.max_rows, self._model.pace.chunk_rows or self._model.max_rows))
 
     @property
     def tail_chunk_rows(self) -> int:
@@ -91,7 +93,8 @@ class RowScene:
         if self._model.static_rows is not None or self._model.max_rows == 1:
             return self.chunk_rows
         row_bytes = self.activation.numel() * self.activation.element_size()
-        return max(1, min(_MOST_TAIL_ROWS, _TAIL_BYTES // row_bytes))
+        most = self._model.pace.tail_rows.get(str(self._tap), _MOST_TAIL_ROWS)
+        return max(1, min(most, _MOST_TAIL_ROWS, _TAIL_BYTES // row_bytes))
 
     @property
     def score(self) -> float:
@@ -110,7 +113,7 @@ class RowScene:
     def scores(self, inputs: Float[Tensor, "n channels *input"]) -> Float[Tensor, "n"]:
         """The target's score for other inputs, without grad."""
         return _rows(
-            self._in_parts(inputs, lambda part: self._read(self._model.program.quick(*self._with_extras(part)), part))
+            self._in_parts(inputs, lambda part: self._read(self._model.program.run(*self._with_extras(part)), part))
         )
 
     def tail_scores(self, activations: Float[Tensor, "n c *space"]) -> Float[Tensor, "n"]:

@@ -26,12 +26,12 @@ from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Captur
 from camserve.server.engine.script_attention import attention_graph, attentions_among
 from camserve.server.engine.script_biases import biases_of
 from camserve.server.engine.script_cut import SHARED, Host, ScriptCut
+from camserve.server.engine.script_folded import rewritten_graph
 from camserve.server.engine.script_form import FUNCTIONS_KEPT, Form, unusable
-from camserve.server.engine.script_quick import QuickForm
 from camserve.server.engine.script_rules import ruled_graph
 from camserve.server.engine.script_taps import Pick, cut_graphs
 from camserve.server.engine.script_values import copied, is_same
-from camserve.server.errors import NotFound, Reason, Unsupported
+from camserve.server.errors import CamserveError, NotFound, Reason, Unsupported
 
 __all__ = ["ScriptCut", "ScriptProgram", "load_script"]
 
@@ -89,9 +89,17 @@ class ScriptProgram:
         archive: a loaded archive; moved, frozen and put in eval mode in place, and never changed afterwards.
         device: where it runs.
         dtype: the floating dtype it computes in.
+        graph: a marked graph to run in place of the archive's own; see `rewritten`.
     """
 
-    def __init__(self, archive: torch.jit.ScriptModule, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        archive: torch.jit.ScriptModule,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        graph: graphs.Graph | None = None,
+    ) -> None:
         floating = {tensor.dtype for tensor in archive.state_dict().values() if tensor.is_floating_point()}
         self._archive = archive.to(device=device, dtype=dtype).eval()
         for parameter in self._archive.parameters():
@@ -102,10 +110,9 @@ class ScriptProgram:
         self._arguments = graphs.forward_arguments(self._archive)
         self._code = graphs.code_of(self._archive)
         self._modules = frozenset(path for path, _ in self._archive.named_modules())
-        self._plain = Form(graphs.marked_graph(self._archive, device, dtype), self._modules)
+        self._plain = Form(graph or graphs.marked_graph(self._archive, device, dtype), self._modules)
         self._forms: dict[tuple[BackwardRule, bool], Form] = {}
         self._biases: Mapping[TapName, Tensor] | None = None
-        self._quick: QuickForm | None = None
         self._copies_inputs = self._plain.writes_inputs
         self._cuts: collections.OrderedDict[tuple[bool, Pick], ScriptCut] = collections.OrderedDict()
 
@@ -150,11 +157,25 @@ class ScriptProgram:
         with torch.no_grad():
             return self._call(self._plain.plain, self._arranged(inputs))
 
-    def quick(self, *inputs: Tensor) -> Any:
-        """As `run`, by a folded and fused copy made at first use; see `script_quick.py`."""
-        if self._quick is None:
-            self._quick = QuickForm(self._archive, self._device, self._dtype)
-        return self._quick.run(self._arranged(inputs), lambda: self.run(*inputs))
+    def rewritten(self, _inputs: Sequence[Tensor], *, channels_last: bool) -> ScriptProgram | None:
+        """This program with batch normalisations folded into convolutions, and weights channels last if asked.
+
+        It shares the archive, and holds the rewritten weights besides. None if there is nothing to rewrite.
+        """
+        graph, changed = rewritten_graph(self._plain.graph, self._archive, channels_last=channels_last)
+        if not changed:
+            return None
+        return ScriptProgram(self._archive, device=self._device, dtype=self._dtype, graph=graph)
+
+    def keeps(self, tap: TapName) -> bool:
+        """Whether a rewritten program still has what a tap of the original names."""
+        if tap.path.startswith("op.") and not any(call.path.startswith("op.") for call in self._plain.calls):
+            return False  # Its operators are other ones.
+        try:
+            self._plain.pick(tap)
+        except CamserveError:
+            return False
+        return True
 
     def capture(
         self,

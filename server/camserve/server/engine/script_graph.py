@@ -35,10 +35,12 @@ __all__ = [
     "constant_tensors",
     "copied",
     "discard_unused",
+    "forget",
     "forward_arguments",
     "insert_constants",
     "integer",
     "interpreted",
+    "is_mark",
     "mark_after",
     "mark_calls",
     "mark_operators",
@@ -50,6 +52,7 @@ __all__ = [
     "operators_marked",
     "optional",
     "receiver",
+    "record_of",
     "retarget_constants",
     "tensor",
     "tuple_of",
@@ -249,7 +252,7 @@ def marks(graph: Graph) -> Iterator[tuple[Node | None, Node, Chain]]:
     for node, chain in list(walk(graph)):
         if node.kind() == _RECORD and node.hasAttribute("path"):
             mark = node.input().node()
-            yield (mark if mark.kind() == _MARK and mark.hasAttribute("path") else None), node, chain
+            yield (mark if is_mark(mark) else None), node, chain
 
 
 def number_marks(graph: Graph) -> None:
@@ -289,6 +292,25 @@ def unmark(mark: Node | None, record: Node) -> None:
         value = mark.output()
         value.replaceAllUsesWith(mark.input())
         mark.destroy()
+
+
+def is_mark(node: Node) -> bool:
+    """Whether a node is the first of the two that mark a call."""
+    return bool(node.kind() == _MARK and node.hasAttribute("path"))
+
+
+def record_of(value: Value) -> Node | None:
+    """The record behind the mark that gives out a value; None for other values."""
+    users = (use.user for use in value.uses())
+    return next((user for user in users if user.kind() == _RECORD and user.hasAttribute("path")), None)
+
+
+def forget(graph: Graph, mark: Node, record: Node) -> None:
+    """Leaves a call in the list, with its number, but without a value: nothing computes that any more."""
+    (nothing,) = insert_constants(graph, [None], before=record)
+    record.replaceInput(0, nothing)
+    mark.output().replaceAllUsesWith(mark.input())
+    mark.destroy()
 
 
 def discard_unused(graph: Graph) -> None:

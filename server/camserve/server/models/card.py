@@ -7,7 +7,7 @@ import dataclasses
 from camserve.server.jobs import OutputKind
 from camserve.server.models.recipe import InputRecipe
 
-__all__ = ["ExtraInput", "LayerCard", "MethodCard", "ModelCard"]
+__all__ = ["ExtraInput", "LayerCard", "MethodCard", "ModelCard", "PlanCard"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,25 @@ class ExtraInput:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCard:
+    """How the model is run, as chosen at load on this device.
+
+    Attributes:
+        form: `folded, channels last`, `folded`, or `as loaded`.
+        speedup: of a forward over that of the program as loaded.
+        deviation: largest difference of an output from the program as loaded, relative to the largest output.
+        threads: of a kernel on a CPU; 0 for torch's own number.
+        chunk_rows: inputs that an amplified method tries before others get their turn.
+    """
+
+    form: str = "as loaded"
+    speedup: float = 1.0
+    deviation: float = 0.0
+    threads: int = 0
+    chunk_rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """A loaded model, as callers see it.
 
@@ -86,6 +105,7 @@ class ModelCard:
         stages: the last layer of each resolution that gives a map, shallowest first.
         phrases: those whose embeddings are held for text targets.
         extra_inputs: what a request must send besides the first input, in the model's order.
+        plan: how it is run.
     """
 
     name: str
@@ -111,6 +131,7 @@ class ModelCard:
     stages: tuple[str, ...] = ()
     phrases: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
+    plan: PlanCard = PlanCard()
 
     def label(self, class_index: int | None) -> str:
         """The label of a class; empty when the card has none, and for what is about no class."""

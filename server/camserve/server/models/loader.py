@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.batches import make_batch
 from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
 from camserve.server.engine.layout import LayoutKind
 from camserve.server.engine.look import FAILURES, message_of
-from camserve.server.engine.passes import PassModel, run_pass
+from camserve.server.engine.passes import PassModel
 from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
-from camserve.server.jobs import FloatArray, OutputKind, Spec
-from camserve.server.models.card import ExtraInput, LayerCard, MethodCard, ModelCard
+from camserve.server.jobs import FloatArray, OutputKind
+from camserve.server.models.card import ExtraInput, LayerCard, ModelCard, PlanCard
 from camserve.server.models.config import ExtraConfig, read_phrases
 from camserve.server.models.method_cards import method_cards
 from camserve.server.models.presets import with_published_preset
 from camserve.server.models.repository import ServedModel
 from camserve.server.models.sources import ModelSource
+from camserve.server.models.warm_up import planned, usual_spec, warm_up
 
 __all__ = ["load_model"]
 
@@ -45,7 +45,15 @@ _BEHIND_PATCHES = (
 )
 
 
-def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int, max_maps: int = 128) -> ServedModel:
+def load_model(
+    source: ModelSource,
+    *,
+    device: torch.device,
+    max_batch_rows: int,
+    max_maps: int = 128,
+    slice_seconds: float | None = None,
+    most_threads: int | None = None,
+) -> ServedModel:
     """Loads one version of one model.
 
     Args:
@@ -53,6 +61,8 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         device: where it will run.
         max_batch_rows: the server's limit; the card and the probe may lower it.
         max_maps: the server's limit, for targets whose number of maps only the outputs tell.
+        slice_seconds: longest chunk of amplified work, unless one row takes longer; None lets chunks be as large as passes.
+        most_threads: of one pass on a CPU; None leaves their number as it is.
 
     Raises:
         ValueError: the file, the card and the model do not fit together; the text says how.
@@ -84,11 +94,16 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         max_rows=rows,
         max_maps=max_maps,
         static_rows=report.static_batch,
+        depths=_depths(report),
     )
     inputs = (noise, *extras)
-    methods = method_cards(pass_model, [make_batch(value, report.static_batch or 1) for value in inputs], report)
     default_layer = config.default_layer or report.default_layer
-    _warm_up(pass_model, inputs, report.static_batch or rows, default_layer, methods)
+    pass_model, plan = planned(pass_model, inputs, default_layer, most_threads=most_threads)
+    methods = method_cards(pass_model, [make_batch(value, report.static_batch or 1) for value in inputs], report)
+    warmed = warm_up(
+        pass_model, inputs, usual_spec(pass_model, default_layer, methods), report.stages, slice_seconds=slice_seconds
+    )
+    pass_model = warmed.pass_model
     digests = program.digests()
     factory = config.factory
     notes = [*report.notes]
@@ -122,8 +137,15 @@ def load_model(source: ModelSource, *, device: torch.device, max_batch_rows: int
         extra_inputs=tuple(
             ExtraInput(name=name, shape=extra.shape, dtype=extra.dtype) for name, extra in config.input.extra.items()
         ),
+        plan=PlanCard(
+            form=plan.name,
+            speedup=plan.speedup,
+            deviation=plan.deviation,
+            threads=pass_model.pace.threads,
+            chunk_rows=pass_model.pace.chunk_rows or rows,
+        ),
     )
-    return ServedModel(card=card, pass_model=pass_model)
+    return ServedModel(card=card, pass_model=pass_model, costs=warmed.costs)
 
 
 def _program(source: ModelSource, device: torch.device) -> Program:
@@ -151,6 +173,16 @@ def _program(source: ModelSource, device: torch.device) -> Program:
                 f"model file {source.path.name} has the ending {suffix!r}; served are .pt (TorchScript) and .pt2 (torch.export); "
                 "weights alone need [factory] name in model.toml"
             )
+
+
+def _depths(report: ProbeReport) -> dict[str, int]:
+    """How many stages lie behind each layer, itself included."""
+    depths, behind = {}, 1
+    for layer in reversed(report.layers):
+        if layer.name in report.stages:
+            behind = len(report.stages) - report.stages.index(layer.name)
+        depths.update(dict.fromkeys(layer.spellings, behind))
+    return depths
 
 
 def _check_fit(source: ModelSource, report: ProbeReport) -> None:
@@ -221,19 +253,3 @@ def _extra_noise(extra: ExtraConfig, generator: torch.Generator, program: Progra
     shape = (_PROBE_ROWS, *extra.shape)
     value = torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.ones(shape)
     return value.to(program.device, program.dtype if dtype.is_floating_point else dtype)
-
-
-def _warm_up(
-    model: PassModel, inputs: Sequence[Tensor], rows: int, default_layer: str, methods: tuple[MethodCard, ...]
-) -> None:
-    """Runs the pass that requests will run, at the smallest and the largest size, so that the first caller pays for nothing."""
-    # A detector or an embedding has no target without a request.
-    has_target = model.kind not in (OutputKind.DETECTION, OutputKind.EMBEDDING)
-    works = (METHODS[card.slug] for card in methods if card.works and not card.only_layers)
-    usual = (method for method in works if isinstance(method.arithmetic, Layerwise))
-    method = next((method for method in usual if method.has_target is has_target), None)
-    spec = None if method is None else Spec(index=0, method=method.slug, layers=(default_layer,))
-    for size in sorted({1, rows}) if rows > 1 and model.static_rows is None else [rows]:
-        batch, *extras = (make_batch(value[:1], size) for value in inputs)
-        for _ in run_pass(model, batch, [(spec,) if spec else ()] * size, extras=extras):
-            pass

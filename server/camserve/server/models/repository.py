@@ -13,18 +13,34 @@ from camserve.server.errors import NotFound, Reason, Unavailable
 from camserve.server.models.card import ModelCard
 from camserve.server.models.sources import ModelSource, version_order
 
-__all__ = ["ModelState", "Repository", "ServedModel", "Slot"]
+__all__ = ["CostSample", "ModelState", "Repository", "ServedModel", "Slot"]
 
 # A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
 _COMPARED_CHARACTERS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CostSample:
+    """What one pass took at warm-up.
+
+    Attributes:
+        depth: as in `engine.effort.Effort`.
+        rows: of the pass.
+        seconds: device time, maps included.
+    """
+
+    depth: int
+    rows: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """A model that answers: its card, and what the device thread needs to run it."""
+    """A model that answers: its card, what the device thread needs to run it, and what its passes took at warm-up."""
 
     card: ModelCard
     pass_model: PassModel
+    costs: tuple[CostSample, ...] = ()
 
     @property
     def program(self) -> Program:

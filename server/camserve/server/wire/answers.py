@@ -151,6 +151,13 @@ def card_message(card: ModelCard) -> model_service_pb2.ModelCard:
             model_service_pb2.ExtraInputInfo(name=extra.name, shape=extra.shape, dtype=extra.dtype)
             for extra in card.extra_inputs
         ],
+        plan=model_service_pb2.ModelPlan(
+            form=card.plan.form,
+            speedup=card.plan.speedup,
+            deviation=card.plan.deviation,
+            threads=card.plan.threads,
+            chunk_rows=card.plan.chunk_rows,
+        ),
     )
 
 

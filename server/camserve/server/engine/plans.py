@@ -1,0 +1,200 @@
+"""Chooses, right after loading, how a program is run: in which form, on how many threads, in chunks of which size.
+
+The loader calls `choose_plan` once the probe knows the layers. A rewritten form serves if it passed its trial against the program
+as loaded (same outputs, same map at the default layer, to rounding) and is faster; else nothing changes. All of it is
+measured on this device with as many rows as a full pass has, because that is what differs from machine to machine; the choice is
+made once and told on the card, so that every pass of one process computes alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from camserve.server.engine.look import FAILURES
+from camserve.server.engine.planned import PlannedProgram, Rewritable
+from camserve.server.engine.program import Program, TapName
+from camserve.server.engine.stopwatch import Lap
+
+__all__ = ["Plan", "choose_plan", "choose_threads"]
+
+# A forward shorter than this is mostly the launching of operators: what a rewrite gains there is lost in noise, and with it the
+# same choice at the next start.
+_WORTHWHILE_SECONDS: Final = 0.020
+# A rewrite must gain this much, and one thread more must too, or a choice would follow the noise.
+_LEAST_GAIN: Final = 1.05
+_ROUNDS: Final = 3
+# Largest difference of an output, relative to the largest: rounding through some hundred layers, seen up to a tenth of these.
+_TOLERANCE: Final[Mapping[torch.dtype, float]] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+# Gradients go through gates of ReLUs that rounding may flip, a cell at a time: alike means alike as pictures.
+_LEAST_CORRELATION: Final = {torch.bfloat16: 0.98, torch.float16: 0.995}
+_USUAL_CORRELATION: Final = 0.999
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a program is run.
+
+    Attributes:
+        program: what passes use.
+        name: `folded, channels last`, or `as loaded`.
+        speedup: of a forward over the program as loaded; 1 for that itself.
+        deviation: largest difference of an output from the program as loaded, relative to the largest output.
+    """
+
+    program: Program
+    name: str = "as loaded"
+    speedup: float = 1.0
+    deviation: float = 0.0
+
+
+def choose_plan(program: Program, inputs: Sequence[Tensor], tap: TapName | None) -> Plan:
+    """Tries the rewritten forms of a program.
+
+    Args:
+        program: as loaded, and looked at by the probe.
+        inputs: as many rows as a full pass will have.
+        tap: the default layer, whose activation and gradient are compared too; None where there is none.
+    """
+    as_loaded = Plan(program=program)
+    with Lap(program.device) as lap:
+        expected = program.run(*inputs)
+    if lap.seconds < _WORTHWHILE_SECONDS:
+        return as_loaded
+    # Of either layout only one is tried: channels last is what convolutions of two axes like on every device.
+    is_image = inputs[0].ndim == 4
+    for channels_last in (True, False) if is_image else (False,):
+        planned = _rewritten(program, inputs, channels_last=channels_last)
+        if planned is None:
+            continue
+        deviation = _deviation(planned, inputs, expected)
+        if deviation > _TOLERANCE[program.dtype] or not _explains_alike(program, planned, inputs, tap):
+            continue
+        speedup = _speedup(program, planned, inputs)
+        if speedup >= _LEAST_GAIN:
+            name = "folded, channels last" if channels_last else "folded"
+            return Plan(program=planned, name=name, speedup=speedup, deviation=deviation)
+    return as_loaded
+
+
+def choose_threads(run: Callable[[], object], most: int, device: torch.device) -> int:
+    """How many threads a pass should use: the fewest that are not clearly slower than more.
+
+    Args:
+        run: a full pass.
+        most: threads allowed.
+        device: where it runs; anything but a CPU needs one.
+    """
+    if device.type != "cpu":
+        return 1
+    before = torch.get_num_threads()
+    chosen, fastest = 1, 0.0
+    try:
+        for threads in sorted({1, most, *(2**power for power in range(1, most.bit_length()))} - {most + 1}):
+            if threads > most:
+                break
+            torch.set_num_threads(threads)
+            run()
+            seconds = min(_seconds(run, device) for _ in range(_ROUNDS))
+            if fastest == 0.0 or seconds * _LEAST_GAIN < fastest:
+                chosen, fastest = threads, seconds
+    finally:
+        torch.set_num_threads(before)
+    return chosen
+
+
+def _rewritten(program: Program, inputs: Sequence[Tensor], *, channels_last: bool) -> PlannedProgram | None:
+    """The rewritten form; None where there is none, or it does not run."""
+    try:
+        form = cast("Rewritable", program).rewritten(inputs, channels_last=channels_last)
+    except FAILURES:
+        return None
+    return None if form is None else PlannedProgram(program, form, is_channels_last=channels_last)
+
+
+def _deviation(planned: Program, inputs: Sequence[Tensor], expected: Any) -> float:
+    """Largest difference of any output, relative to the largest value of that output; infinity if they are not alike."""
+    try:
+        found = planned.run(*inputs)
+    except FAILURES:
+        return float("inf")
+    ours, theirs = (pytree.tree_flatten(value) for value in (found, expected))
+    if ours[1] != theirs[1]:
+        return float("inf")
+    return max((_difference(one, other) for one, other in zip(ours[0], theirs[0], strict=True)), default=0.0)
+
+
+def _difference(one: Any, other: Any) -> float:
+    if not isinstance(other, Tensor):
+        return 0.0 if one == other else float("inf")
+    if not isinstance(one, Tensor) or one.shape != other.shape:
+        return float("inf")
+    if not other.numel():
+        return 0.0
+    if not other.is_floating_point():
+        return 0.0 if torch.equal(one, other) else float("inf")
+    scale = float(other.double().abs().amax()) or 1.0
+    return float((one.double() - other.double()).abs().amax()) / scale
+
+
+def _explains_alike(program: Program, planned: Program, inputs: Sequence[Tensor], tap: TapName | None) -> bool:
+    """Whether activation and gradient at the default layer are those of the program as loaded, as pictures."""
+    if tap is None:
+        return True
+    least = _LEAST_CORRELATION.get(program.dtype, _USUAL_CORRELATION)
+    try:
+        pairs = zip(_evidence(program, inputs, tap), _evidence(planned, inputs, tap), strict=True)
+        return all(_correlation(one, other) >= least for one, other in pairs)
+    except FAILURES:
+        return False
+
+
+def _evidence(program: Program, inputs: Sequence[Tensor], tap: TapName) -> list[Tensor]:
+    """The activation and, where there is one, the gradient of the sum of each row's largest output."""
+    captured = program.capture([tap], *inputs)
+    activation = captured.activations[tap]
+    floating = [
+        leaf for leaf in pytree.tree_leaves(captured.outputs) if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    if not floating:
+        return [activation.detach()]
+    with torch.enable_grad():
+        total = floating[0].flatten(1).amax(1).sum() if floating[0].ndim > 1 else floating[0].sum()
+        (gradient,) = torch.autograd.grad(total, [activation], allow_unused=True)
+    return [activation.detach()] if gradient is None else [activation.detach(), gradient]
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Pearson's, over all values; 1 for two that are the same."""
+    flat = [value.double().flatten() for value in (one, other)]
+    centred = [value - value.mean() for value in flat]
+    norm = centred[0].norm() * centred[1].norm()
+    if norm == 0:
+        return 1.0 if torch.allclose(flat[0], flat[1]) else 0.0
+    return float((centred[0] * centred[1]).sum() / norm)
+
+
+def _speedup(slow: Program, fast: Program, inputs: Sequence[Tensor]) -> float:
+    """Ratio of the shortest forwards; both take turns, and what a noisy machine adds is left out."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_ROUNDS):
+        for program, into in zip((slow, fast), seconds, strict=True):
+            into.append(_seconds(functools.partial(program.run, *inputs), program.device))
+    return min(seconds[0]) / min(seconds[1])
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    with Lap(device) as lap:
+        run()
+    return lap.seconds
