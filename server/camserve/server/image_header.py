@@ -150,7 +150,7 @@ def _read_jpeg(data: bytes) -> Header:
 
 
 def _scan_markers(data: bytes) -> int:
-    """Counts 0xff 0xda, as `bytes.count` does in four times as long; the event loop waits for this, by megabytes."""
+    """Counts 0xff 0xda, as `bytes.count` does in three times as long; the event loop waits for this, by megabytes."""
     octets = np.frombuffer(data, np.uint8)
     found = 0
     for band in bands(len(data) - 1):
