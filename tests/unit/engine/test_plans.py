@@ -213,8 +213,8 @@ def test_an_exported_program_is_given_its_inputs_channels_last():
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_the_fewest_threads_that_are_not_slower_are_chosen():
-    """Work that gains nothing from threads gets one; the number in use is as it was afterwards."""
+def test_short_work_gets_one_thread():
+    """What one thread does in no time gets no more of them; the number in use is as it was afterwards."""
     before = torch.get_num_threads()
 
     assert choose_threads(lambda: torch.zeros(1), 2, CPU) == 1

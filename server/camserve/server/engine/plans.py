@@ -27,8 +27,12 @@ __all__ = ["Plan", "choose_plan", "choose_threads"]
 # A forward shorter than this is mostly the launching of operators: what a rewrite gains there is lost in noise, and with it the
 # same choice at the next start.
 _WORTHWHILE_SECONDS: Final = 0.020
-# A rewrite must gain this much, and one thread more must too, or a choice would follow the noise.
+# A rewrite must gain this much, or the choice would follow the noise.
 _LEAST_GAIN: Final = 1.05
+# Fewer threads must gain more: at load the other cores may be busy with something that will be over when requests come.
+_LEAST_THREAD_GAIN: Final = 1.2
+# Work shorter than this on one thread waits longer for other threads than they save it.
+_WORTH_THREADS_SECONDS: Final = 0.004
 _ROUNDS: Final = 3
 # Largest difference of an output, relative to the largest: rounding through some hundred layers, seen up to a tenth of these.
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {
@@ -89,29 +93,35 @@ def choose_plan(program: Program, inputs: Sequence[Tensor], tap: TapName | None)
 
 
 def choose_threads(run: Callable[[], object], most: int, device: torch.device) -> int:
-    """How many threads a pass should use: the fewest that are not clearly slower than more.
+    """How many threads a pass should use: all that are allowed, unless fewer are clearly faster.
 
     Args:
-        run: a full pass.
+        run: a forward.
         most: threads allowed.
         device: where it runs; anything but a CPU needs one.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or most == 1:
         return 1
     before = torch.get_num_threads()
-    chosen, fastest = 1, 0.0
     try:
-        for threads in sorted({1, most, *(2**power for power in range(1, most.bit_length()))} - {most + 1}):
-            if threads > most:
-                break
+        torch.set_num_threads(1)
+        run()
+        if _shortest(run, device) < _WORTH_THREADS_SECONDS:
+            return 1
+        chosen, fastest = most, float("inf")
+        for threads in sorted({most, *(2**power for power in range(most.bit_length()))}, reverse=True):
             torch.set_num_threads(threads)
             run()
-            seconds = min(_seconds(run, device) for _ in range(_ROUNDS))
-            if fastest == 0.0 or seconds * _LEAST_GAIN < fastest:
+            seconds = _shortest(run, device)
+            if seconds * _LEAST_THREAD_GAIN < fastest:
                 chosen, fastest = threads, seconds
     finally:
         torch.set_num_threads(before)
     return chosen
+
+
+def _shortest(run: Callable[[], object], device: torch.device) -> float:
+    return min(_seconds(run, device) for _ in range(_ROUNDS))
 
 
 def _rewritten(program: Program, inputs: Sequence[Tensor], *, channels_last: bool) -> PlannedProgram | None:

@@ -28,7 +28,10 @@ __all__ = ["Warmed", "planned", "usual_spec", "warm_up"]
 
 # Trials compare forms and thread counts; on a few rows they come out as on a full pass, and loading takes seconds less.
 _TRIAL_ROWS = 4
+_STAGE_ROWS = 2
 _ROUNDS = 2
+# What takes longer than this is not repeated: its first time hides what the first run of anything costs.
+_LONG_SECONDS = 0.1
 _MOST_TAIL_ROWS = 256
 
 
@@ -92,7 +95,7 @@ def warm_up(
     sizes = sorted({1, largest}) if model.static_rows is None else [largest]
     costs = [_timed(model, inputs, rows, wanted) for rows in sizes for wanted in ([None, spec] if spec else [None])]
     if spec is not None:
-        rows = model.static_rows or min(_TRIAL_ROWS, largest)
+        rows = model.static_rows or min(_STAGE_ROWS, largest)
         shallower = [layer for layer in stages if model.depths[layer] > 1]
         costs += [_timed(model, inputs, rows, dataclasses.replace(spec, layers=(layer,))) for layer in shallower]
     if slice_seconds is not None and model.static_rows is None:
@@ -113,6 +116,8 @@ def _timed(model: PassModel, inputs: Sequence[Tensor], rows: int, spec: Spec | N
             for _event in run_pass(model, batch, [(spec,) if spec else ()] * rows, extras=extras):
                 pass
         seconds.append(lap.seconds)
+        if lap.seconds > _LONG_SECONDS:
+            break
     depth = 0 if spec is None else model.depths.get(spec.layers[0], 1)
     return CostSample(depth=depth, rows=rows, seconds=min(seconds))
 
@@ -160,6 +165,8 @@ def _tail_rows(model: PassModel, inputs: Sequence[Tensor], layer: str, slice_sec
                     cut.tail(activation, crossing)
                 laps.append(lap.seconds)
             seconds[rows] = min(laps)
+            if rows == 1 and 2 * seconds[rows] > slice_seconds:
+                return 1
     except FAILURES:
         return 1  # It cannot be cut there: methods that would are refused, or run the whole program.
     return _rows_within(slice_seconds, seconds, _MOST_TAIL_ROWS)
