@@ -16,7 +16,7 @@ from typing import Final
 WIDTH: Final = 560
 _HEIGHT: Final = 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 14, 46
-_LABEL: Final = 138
+_LETTER: Final = 6.3
 # From here on, the largest value hides the smallest on a linear axis.
 _WIDE_RANGE: Final = 25
 
@@ -114,36 +114,45 @@ def dots(title: str, places: Sequence[str], counts: Sequence[dict[int, int]], ax
     return _svg(title, _HEIGHT, parts)
 
 
-def bars(title: str, places: Sequence[str], series: Sequence[Series], told: Callable[[float], str]) -> str:
-    """Returns a stacked bar for each place, one below the other.
+def bars(
+    title: str,
+    places: Sequence[str],
+    series: Sequence[Series],
+    told: Callable[[float], str],
+    *,
+    as_shares: bool = False,
+) -> str:
+    """Returns a stacked bar for each place, one below the other, with its total behind it.
 
     Args:
         title: what the plot tells.
         places: names of the bars.
         series: the parts of each, from left to right.
         told: a value as text.
+        as_shares: whether each bar is as long as the others, and its parts are shares of its own total.
     """
     totals = [sum(part.values[index] or 0.0 for part in series) for index in range(len(places))]
-    row = _row(len(places), 30, 52)
+    row, start = _row(len(places), 30, 52), _margin(places)
     height = _TOP + len(places) * row + 30
     # The total is written behind the longest bar.
-    scale = _Scale.linear(max(totals), _LABEL, WIDTH - 64)
-    parts = [_upright(scale, told, _TOP, height - 24)]
+    scale = _Scale.linear(1.0 if as_shares else max(totals), start, WIDTH - 64)
+    parts = [_upright(scale, _percent if as_shares else told, _TOP, height - 24)]
     for index, (name, total) in enumerate(zip(places, totals, strict=True)):
         top, thick = _TOP + (index + 0.2) * row, 0.6 * row
         middle = top + thick / 2 + 4
-        parts.append(_text(_LABEL - 8, middle, name, "end"))
+        parts.append(_text(start - 8, middle, name, "end"))
+        unit = (total or 1.0) if as_shares else 1.0
         left = 0.0
         for part in series:
             value = part.values[index] or 0.0
-            x, width = scale.at(left), scale.at(left + value) - scale.at(left)
+            x, width = scale.at(left / unit), scale.at((left + value) / unit) - scale.at(left / unit)
             tip = f"{name}, {part.name}: {told(value)}, {value / total if total else 0:.0%}"
             parts.append(
                 f'<rect class="part {part.style}" x="{x:.2f}" y="{top:.1f}" width="{width:.2f}" height="{thick:.1f}">'
                 f"<title>{_escaped(tip)}</title></rect>"
             )
             left += value
-        parts.append(_text(scale.at(total) + 6, middle, told(total), "start", "value"))
+        parts.append(_text(scale.at(total / unit) + 6, middle, told(total), "start", "value"))
     return _svg(title, height, parts)
 
 
@@ -156,13 +165,13 @@ def distributions(title: str, rows: Sequence[Spread], told: Callable[[float], st
         told: a value as text.
     """
     edges = [edge for row in rows for low, high, _ in row.bars for edge in (low, high)]
-    tall = _row(len(rows), 42, 84)
+    tall, start = _row(len(rows), 42, 84), _margin([row.name for row in rows])
     height = _TOP + len(rows) * tall + 30
-    scale = _Scale.logarithmic(min(edges), max(edges), _LABEL, WIDTH - _RIGHT)
+    scale = _Scale.logarithmic(min(edges), max(edges), start, WIDTH - _RIGHT)
     parts = [_upright(scale, told, _TOP, height - 24)]
     for index, row in enumerate(rows):
         bottom = _TOP + (index + 1) * tall
-        parts.append(_text(_LABEL - 8, bottom - 6, row.name, "end"))
+        parts.append(_text(start - 8, bottom - 6, row.name, "end"))
         highest = max((count for _, _, count in row.bars), default=1.0)
         steps = [f"M{scale.at(row.bars[0][0]):.1f},{bottom:.1f}"] if row.bars else []
         for low, high, count in row.bars:
@@ -171,7 +180,7 @@ def distributions(title: str, rows: Sequence[Spread], told: Callable[[float], st
         if row.bars:
             steps.append(f"L{scale.at(row.bars[-1][1]):.1f},{bottom:.1f}Z")
         parts.append(f'<path class="hill" d="{"".join(steps)}"/>')
-        parts.append(f'<line class="base" x1="{_LABEL}" x2="{WIDTH - _RIGHT}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>')
+        parts.append(f'<line class="base" x1="{start}" x2="{WIDTH - _RIGHT}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>')
         for value, name in row.marks:
             x = scale.at(value)
             parts.append(
@@ -242,6 +251,11 @@ def _row(count: int, least: float, most: float) -> float:
     return min(max((_HEIGHT - _BOTTOM) / count, least), most)
 
 
+def _margin(names: Sequence[str]) -> float:
+    """How wide the names of rows are; a guess, since nobody measures text here."""
+    return min(max(map(len, names)) * _LETTER + 16, WIDTH / 2)
+
+
 def _places(count: int) -> list[float]:
     """Where so many places lie on the horizontal axis, with half a place left at both ends."""
     width = (WIDTH - _LEFT - _RIGHT) / count
@@ -281,6 +295,10 @@ def _svg(title: str, height: float, parts: Sequence[str]) -> str:
 
 def _whole(value: float) -> str:
     return f"{value:.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
 
 
 def _escaped(text: str) -> str:

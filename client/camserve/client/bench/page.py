@@ -21,6 +21,8 @@ from camserve.client.bench.tables import Grid, labelled
 from camserve.client.figures import text
 
 _STAGE_NAMES: Final[Mapping[str, str]] = {"lag": "sent late", "maps": "making maps", "other": "rest of the server"}
+# A bar so much longer than another hides its parts.
+_HIDING: Final = 5
 _FOOTER: Final = (
     "<footer>Latency counts from when a request was due to its last message; the first message is the prediction. Throughput "
     "counts full answers that ended in the window. Percentiles are nearest ranks over full answers. The time of a stage is its "
@@ -184,8 +186,12 @@ def _stages(run: Run) -> str:
     series = [
         Series(name=_STAGE_NAMES.get(stage, stage), style=f"stage-{stage}", values=told(stage)) for stage in STAGES
     ]
-    plot = charts.bars("Mean time by stage under each load", [name for name, _ in rows], series, _time)
-    return _figure("Where the time goes", "mean of a full answer", series, plot)
+    totals = [sum(figures.stages.values()) for _, figures in rows]
+    as_shares = max(totals) > _HIDING * min(totals)
+    title, places = "Mean time by stage under each load", [name for name, _ in rows]
+    plot = charts.bars(title, places, series, _time, as_shares=as_shares)
+    about = "mean of a full answer, as shares of its time" if as_shares else "mean of a full answer"
+    return _figure("Where the time goes", about, series, plot)
 
 
 def _batches(run: Run) -> str:

@@ -54,12 +54,12 @@ def test_a_larger_value_lies_higher() -> None:
     assert 2 * (zero - first) == pytest.approx(zero - second, abs=0.3)
 
 
-@given(st.lists(st.lists(MEASURED, min_size=3, max_size=3), min_size=1, max_size=12))
-def test_stacked_parts_join(columns: list[list[float]]) -> None:
+@given(st.lists(st.lists(MEASURED, min_size=3, max_size=3), min_size=1, max_size=12), st.booleans())
+def test_stacked_parts_join(columns: list[list[float]], as_shares) -> None:
     """Each part of a bar begins where the one before it ends."""
     series = [Series(name=str(part), style="p50", values=[row[part] for row in columns]) for part in range(3)]
 
-    root = _parsed(charts.bars("a", [str(index) for index in range(len(columns))], series, _told))
+    root = _parsed(charts.bars("a", [str(index) for index in range(len(columns))], series, _told, as_shares=as_shares))
 
     parts = root.findall("rect")
     assert 3 * len(columns) == len(parts)
@@ -67,6 +67,16 @@ def test_stacked_parts_join(columns: list[list[float]]) -> None:
         if before.attrib["y"] == after.attrib["y"]:
             end = float(before.attrib["x"]) + float(before.attrib["width"])
             assert end == pytest.approx(float(after.attrib["x"]), abs=0.02)
+
+
+def test_shares_make_bars_as_long_as_each_other() -> None:
+    """A half is as long in a bar of 2 as in one of 2 000; the totals are told."""
+    halves = [Series(name=name, style="p50", values=[1.0, 1000.0]) for name in ("a", "b")]
+
+    root = _parsed(charts.bars("a", ["x", "y"], halves, _told, as_shares=True))
+
+    assert 1 == len({part.attrib["width"] for part in root.findall("rect")})
+    assert ["2", "2e+03"] == [text.text for text in root.findall("text") if text.attrib["class"] == "value"]
 
 
 def test_dots_are_as_large_as_their_share() -> None:
