@@ -85,18 +85,23 @@ def read_tensor(tensor: TensorInput, recipe: Expected, *, is_variable: bool = Fa
     if tensor.dtype == "bfloat16":
         values = (values.astype("<u4") << 16).view("<f4")
     _check_finite(tensor, values)
+    # Always a copy: what goes into a batch must not keep the request's bytes alive, nor be read-only.
+    taken = values.copy() if values.dtype == recipe.dtype else _converted(tensor, values, recipe.dtype)
+    return taken.reshape(tensor.shape)
+
+
+def _converted(tensor: TensorInput, values: npt.NDArray[np.generic], dtype: str) -> npt.NDArray[np.generic]:
     with np.errstate(over="ignore", invalid="ignore"):
-        # Always a copy: what goes into a batch must not keep the request's bytes alive, nor be read-only.
-        converted = values.astype(recipe.dtype)
+        converted: npt.NDArray[np.generic] = values.astype(dtype)
         changed = converted.astype(values.dtype) != values
     if changed.any():
         first = int(changed.argmax())
         raise _mismatch(
             tensor,
-            f"{tensor.dtype} value {values[first]!s} at element {first} cannot be held in {recipe.dtype}, which the model takes; "
-            f"send {recipe.dtype}, rounded as you see fit",
+            f"{tensor.dtype} value {values[first]!s} at element {first} cannot be held in {dtype}, which the model takes; "
+            f"send {dtype}, rounded as you see fit",
         )
-    return converted.reshape(tensor.shape)
+    return converted
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...], *, is_variable: bool) -> bool:
