@@ -214,10 +214,9 @@ def _outcomes(run: Run) -> str:
         ("not sent", "unsent", [one.not_sent for one in figures]),
     ]
     series = [Series(name=name, style=style, values=values) for name, style, values in parts if any(values)]
-    plot = charts.bars(
-        "Outcomes under each load", [str(result.load) for result in run.results], series, "{:.0f}".format
-    )
-    return _figure("What became of the requests", "that fell due, by count", series, plot)
+    places = [str(result.load) for result in run.results]
+    plot = charts.bars("Outcomes under each load", places, series, "{:.0f}".format, as_shares=True)
+    return _figure("What became of the requests", "shares of those that fell due, and how many did", series, plot)
 
 
 def _target(run: Run) -> str:
