@@ -5,18 +5,21 @@ The group `camserve.commands` is read without importing what it names, so that `
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from typing import Final
 
 import click
 
-from camserve.client.bench.command import bench
 from camserve.client.cli_explain import explain
 from camserve.client.cli_models import models
 
 _GROUP: Final = "camserve.commands"
-# Told without importing the server; a command not named here is introduced by where it comes from.
+# Commands of the client that are imported when they are run: the others need not wait for what these import.
+_LATER: Final = {"bench": "camserve.client.bench.command"}
+# Told without importing them; a command not named here is introduced by where it comes from.
 _KNOWN: Final = {
+    "bench": "Offer load to a server and tell how it fares.",
     "demo": "Explain the sample images with the shipped model and write a report.",
     "methods": "List the methods of explanation, or show one in full.",
     "serve": "Serve models over gRPC.",
@@ -28,6 +31,7 @@ Examples:
   camserve models                                      what it serves
   camserve explain part.png --out maps                 predict and explain one image
   camserve explain photos/ -m grad-cam -m layercam --out maps
+  camserve bench --rate 5,10,20                        how it fares under load
 """
 
 
@@ -36,10 +40,13 @@ class CommandGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the names of all commands, sorted."""
-        return sorted({*super().list_commands(ctx), *_entry_points()})
+        return sorted({*super().list_commands(ctx), *_LATER, *_entry_points()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Returns a command, importing it if it is an entry point; None when there is none."""
+        """Returns a command, importing it if need be; None when there is none."""
+        if cmd_name in _LATER:
+            later: click.Command = getattr(importlib.import_module(_LATER[cmd_name]), cmd_name)
+            return later
         own = super().get_command(ctx, cmd_name)
         entry_point = _entry_points().get(cmd_name)
         if own is not None or entry_point is None:
@@ -66,7 +73,7 @@ class CommandGroup(click.Group):
         rows = []
         for name in self.list_commands(ctx):
             own = self.commands.get(name)
-            told = own.get_short_help_str(80) if own else _KNOWN.get(name, f"From {_entry_points()[name].value}.")
+            told = own.get_short_help_str(80) if own else _KNOWN.get(name) or f"From {_entry_points()[name].value}."
             rows.append((name, told))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -103,6 +110,5 @@ def main() -> None:
     """Explain what an image model looked at: the prediction first, then why."""
 
 
-main.add_command(bench)
 main.add_command(explain)
 main.add_command(models)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,3 +238,21 @@ def test_refusals_under_load_are_told_by_reason(peer: Peer) -> None:
     assert 0 == result.exit_code, result.output
     assert "RESOURCE_EXHAUSTED QUEUE_FULL" in result.stdout
     assert "33.3%" in result.stdout
+
+
+def test_other_commands_do_not_wait_for_it() -> None:
+    """`camserve --help` lists it without importing it, and it needs neither torch nor the server."""
+    script = """
+import sys
+from click.testing import CliRunner
+from camserve.client import cli
+assert "Offer load to a server" in CliRunner().invoke(cli.main, ["--help"]).output
+assert "camserve.client.bench" not in sys.modules
+assert not CliRunner().invoke(cli.main, ["bench", "--help"]).exit_code
+assert "camserve.client.bench.command" in sys.modules
+wrong = sorted(name for name in sys.modules if name.split(".")[0] == "torch" or name.startswith("camserve.server"))
+assert not wrong, wrong
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)  # noqa: S603  # Ours.
+
+    assert 0 == done.returncode, done.stderr
