@@ -45,7 +45,7 @@ def main() -> int:
     made = subprocess.run(  # noqa: S603 - this interpreter and a module beside this file
         [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.materials", str(folder), str(given.max_batch)],
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     )
     facts = _facts(given, json.loads(made.stdout))

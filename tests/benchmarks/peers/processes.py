@@ -53,7 +53,7 @@ class ProcessTree:
     @property
     def is_running(self) -> bool:
         """Whether the first process still lives."""
-        return self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE
+        return bool(self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE)
 
     def resident_bytes(self) -> int:
         """Proportional set size of the whole tree: a page that several of its processes share counts once."""
