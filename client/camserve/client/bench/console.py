@@ -72,7 +72,10 @@ class Watch:
             line += f", p50 {milliseconds(latency.p50)} ms, p99 {milliseconds(latency.p99)} ms"
         if figures.error_share:
             line += f", {figures.error_share:.1%} failed"
-        click.echo(line, err=True)
+        if self._console.is_terminal:
+            self._console.print(line, highlight=False)  # Above the line that is kept up to date.
+        else:
+            click.echo(line, err=True)
 
     async def _draw(self, live: Live) -> None:
         while True:
