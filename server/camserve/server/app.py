@@ -23,6 +23,7 @@ from camserve.server.dispatch import dispatch
 from camserve.server.door import Door, DoorLimits
 from camserve.server.health import SERVICES, Health, MetricsPage
 from camserve.server.interceptors import CallInterceptor
+from camserve.server.jobs import Lane
 from camserve.server.metrics import Metrics
 from camserve.server.models.loader import load_model
 from camserve.server.models.repository import Repository
@@ -80,10 +81,15 @@ class App:
         self._door = Door(
             DoorLimits(max_requests=settings.max_requests, max_held_bytes=settings.max_held_bytes), metrics
         )
-        queue = DeviceQueue(settings.batch_window_seconds)
-        metrics.watch_queue(
-            lambda: len(queue), lambda: self._door.held_bytes, lambda: queue.oldest_wait(time.monotonic())
-        )
+        queue = DeviceQueue(settings.planner_limits)
+        metrics.queue_bytes.set_function(lambda: self._door.held_bytes)
+        for lane in Lane:
+            metrics.watch_queue(
+                lane,
+                functools.partial(queue.depth, lane),
+                functools.partial(queue.queued_seconds, lane),
+                functools.partial(queue.oldest_wait, lane, time.monotonic),
+            )
         pipeline = Pipeline(
             door=self._door,
             queue=queue,

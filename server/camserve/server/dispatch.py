@@ -1,6 +1,6 @@
-"""The loop between queue and device: while the device is idle, take the next batch and run it. Awaits events, never polls.
+"""The loop between queue and device: while something is to be run, the device thread takes one thing after another.
 
-Amplified work goes on a chunk at a time, in turn with whatever batch is ready: neither waits for the other to end.
+When nothing is, this waits for the queue to change, or for the moment that the planner named. Awaits events, never polls.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ __all__ = ["dispatch"]
 
 
 async def dispatch(queue: DeviceQueue, runner: Runner) -> None:
-    """Runs batches and chunks one after another until cancelled."""
+    """Runs whatever the planner chooses until cancelled."""
     while True:
-        entries = queue.ready_batch() if runner.has_amplified else await queue.next_batch()
-        if entries:
-            await runner.run(entries)
-        if runner.has_amplified:
-            await runner.advance()
+        queue.listen()
+        ask_again_at = await runner.work(queue)
+        await queue.changed(ask_again_at)

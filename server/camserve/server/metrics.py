@@ -51,11 +51,20 @@ class Metrics:
             registry=registry,
         )
         self.in_flight = Gauge("camserve_requests_in_flight", "Requests past the door.", registry=registry)
-        self.queue_depth = Gauge("camserve_queue_depth", "Decoded requests waiting for the device.", registry=registry)
+        self.queue_depth = Gauge(
+            "camserve_queue_depth", "Decoded requests waiting for the device.", ["lane"], registry=registry
+        )
+        self.queued_seconds = Gauge(
+            "camserve_queued_device_seconds",
+            "Predicted device time of what is past the door and has not run, as far as it is known.",
+            ["lane"],
+            registry=registry,
+        )
         self.queue_bytes = Gauge("camserve_queue_bytes", "Bytes held for requests past the door.", registry=registry)
         self.oldest_wait = Gauge(
             "camserve_oldest_wait_seconds",
             "Age of the oldest request that waits for the device.",
+            ["lane"],
             registry=registry,
         )
         self.request_seconds = self._latency(
@@ -90,8 +99,22 @@ class Metrics:
             buckets=COUNT_BUCKETS,
             registry=registry,
         )
+        self.batch_cut = Counter(
+            "camserve_batch_cut_total",
+            "Passes by why they had no more rows: rows, slice, deadline, depth, share, window or idle.",
+            ["reason"],
+            registry=registry,
+        )
+        self.device_seconds = Counter(
+            "camserve_device_seconds_total",
+            "Device time of passes, by the lanes of their rows, and of chunks of amplified work.",
+            ["lane"],
+            registry=registry,
+        )
         self.device_busy = Counter(
-            "camserve_device_busy_seconds_total", "Time in which the device thread ran a pass.", registry=registry
+            "camserve_device_busy_seconds_total",
+            "Time in which the device thread ran a pass or a chunk.",
+            registry=registry,
         )
         self.model_ready = Gauge(
             "camserve_model_ready", "1 for a model version that answers.", ["model", "version"], registry=registry
@@ -102,9 +125,13 @@ class Metrics:
         return Histogram(name, documentation, labels, buckets=LATENCY_BUCKETS, registry=self.registry)
 
     def watch_queue(
-        self, depth: Callable[[], float], held_bytes: Callable[[], float], oldest: Callable[[], float]
+        self,
+        lane: str,
+        depth: Callable[[], float],
+        queued_seconds: Callable[[], float],
+        oldest: Callable[[], float],
     ) -> None:
-        """Lets the gauges of the queue read it when they are scraped, so that they are never stale."""
-        self.queue_depth.set_function(depth)
-        self.queue_bytes.set_function(held_bytes)
-        self.oldest_wait.set_function(oldest)
+        """Lets the gauges of a lane read the queue when they are scraped, so that they are never stale."""
+        self.queue_depth.labels(lane).set_function(depth)
+        self.queued_seconds.labels(lane).set_function(queued_seconds)
+        self.oldest_wait.labels(lane).set_function(oldest)

@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 
 from camserve.server import jobs
 from camserve.server.decode import DecodeLimits, measure
+from camserve.server.demand import demand_of
 from camserve.server.door import Door
 from camserve.server.encode import encode, is_quickly_encoded, needs_source
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason, at_field
@@ -58,13 +59,14 @@ class Pipeline:
             CamserveError: the request as a whole cannot be answered.
         """
         clock = _Clock(job, self._metrics)
+        demand = demand_of(job, model)
         with self._door.enter(_held_bytes(job, model, self._decode_limits)):
-            with clock.stage("decode"), self._queue.announced(model):
+            with clock.stage("decode"), self._queue.announced(demand):
                 work = functools.partial(take_in, job, model.card, self._decode_limits)
                 job, sample = work() if is_quickly_taken_in(job) else await self._in_worker(work, job.deadline)
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
             reply = Reply(job.deadline)
-            entry = self._queue.put(job, model, sample, reply, time.monotonic())
+            entry = self._queue.put(demand, job, sample, reply, time.monotonic())
             try:
                 async for event in self._answers(job, model, sample, reply, entry.waiting.enqueued_at, clock):
                     yield event

@@ -1,4 +1,9 @@
-"""What waits for the device. One owner, the event loop; `pipeline.py` puts entries in, `dispatch.py` takes them out by plan."""
+"""What waits for the device: decoded requests, and amplified work between its chunks.
+
+`pipeline.py` puts requests in and takes those out whose callers left, on the event loop; the runner takes what the planner chose,
+tells what it took, and puts amplified work back, on the device thread, so that one pass follows the other without a way over the
+event loop. One lock makes the two take turns; both hold it for microseconds.
+"""
 
 from __future__ import annotations
 
@@ -8,112 +13,290 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
-from camserve.server.batching import BatchKey, Plan, Waiting, plan
+from camserve.server.demand import Demand
 from camserve.server.jobs import Job, Lane, Sample
 from camserve.server.models.repository import ServedModel
 from camserve.server.replies import Reply
-
-__all__ = ["PATIENCE_SECONDS", "DeviceQueue", "Entry"]
-
-PATIENCE_SECONDS: Mapping[Lane, float] = MappingProxyType(
-    {Lane.INTERACTIVE: 1.0, Lane.STANDARD: 30.0, Lane.BULK: 300.0}
+from camserve.server.scheduling import (
+    Backlog,
+    Candidate,
+    CostModel,
+    Decision,
+    Limits,
+    Load,
+    Returns,
+    Shares,
+    WorkKey,
+    decide,
 )
-"""By lane: a request is planned as if it had to be answered within this time, however much later its deadline is.
 
-The hurried go first, and whoever has waited longest goes before everybody in the end."""
+__all__ = ["DeviceQueue", "Entry", "Turn"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Entry:
-    """A decoded request and the way back to its caller."""
+    """A decoded request and the way back to its caller.
+
+    Attributes:
+        job: with its targets placed.
+        model: that is to run.
+        sample: its input.
+        reply: where outcomes go.
+        demand: what it asks of the device.
+        waiting: as the planner saw it.
+    """
 
     job: Job
     model: ServedModel
     sample: Sample
     reply: Reply
-    waiting: Waiting
+    demand: Demand
+    waiting: Candidate
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the device is to do now.
+
+    Attributes:
+        entries: the rows of a pass, or the one whose amplified work goes on; none when nothing is to be done.
+        decision: of the planner.
+        gone: entries whose amplified work waited and was given up, since nobody waits for it any more.
+    """
+
+    entries: Sequence[Entry]
+    decision: Decision
+    gone: Sequence[Entry] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """One that waits: as the planner sees it, whose it is, and what it counts for."""
+
+    candidate: Candidate
+    entry: Entry
+    load: Load
 
 
 class DeviceQueue:
-    """Decoded requests in order of arrival, and how many more are being decoded."""
+    """Decoded requests and amplified work, how many more requests are being decoded, and what is known of costs and shares.
 
-    def __init__(self, window_seconds: float) -> None:
-        self._window_seconds = window_seconds
-        self._entries: dict[int, Entry] = {}
+    Args:
+        limits: of the planner.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._places: dict[int, _Place] = {}
+        self._works: dict[Entry, int] = {}
+        self._gone: list[Entry] = []
         self._arriving: collections.Counter[tuple[str, str]] = collections.Counter()
         self._tickets = itertools.count()
+        self._costs = CostModel()
+        self._shares = Shares()
+        self._returns = Returns(limits.window_seconds)
+        self._backlog = Backlog()
+        self._seeded: set[tuple[object, int]] = set()
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(self.depth(lane) for lane in Lane)
 
-    def oldest_wait(self, now: float) -> float:
-        """Seconds the oldest entry has waited; 0 when empty."""
-        first = next(iter(self._entries.values()), None)
-        return 0.0 if first is None else now - first.waiting.enqueued_at
+    def depth(self, lane: Lane) -> int:
+        """Decoded requests of a lane that wait for their pass."""
+        with self._lock:
+            return sum(self._is_row_of(place, lane) for place in self._places.values())
+
+    def oldest_wait(self, lane: Lane, clock: Callable[[], float]) -> float:
+        """Seconds that the oldest of them has waited by a monotonic clock; 0 when there is none."""
+        with self._lock:
+            times = [place.candidate.enqueued_at for place in self._places.values() if self._is_row_of(place, lane)]
+        return max(0.0, clock() - min(times)) if times else 0.0
+
+    def queued_seconds(self, lane: Lane) -> float:
+        """Predicted device time of all that a lane has past the door and not yet run, as far as anything is known of it."""
+        with self._lock:
+            return self._backlog.seconds((lane,), self._costs)
 
     @contextlib.contextmanager
-    def announced(self, model: ServedModel) -> Iterator[None]:
-        """Tells the planner, for the length of a `with` block, that a request for this model is being decoded."""
-        key = (model.card.name, model.card.version)
-        self._arriving[key] += 1
+    def announced(self, demand: Demand) -> Iterator[None]:
+        """Tells the planner, for the length of a `with` block, that a request is being decoded."""
+        key = (demand.key.model, demand.key.version)
+        with self._lock:
+            self._seed(demand)
+            load = self._load(demand)
+            self._backlog.add(load)
+            self._arriving[key] += 1
+            self._returns.came(key, asyncio.get_running_loop().time())
         try:
             yield
         finally:
-            self._arriving[key] -= 1
+            with self._lock:
+                self._backlog.remove(load)
+                self._arriving[key] -= 1
             self._changed.set()
 
-    def put(self, job: Job, model: ServedModel, sample: Sample, reply: Reply, now: float) -> Entry:
-        """Adds a decoded request."""
-        ticket = next(self._tickets)
-        waiting = Waiting(
-            ticket=ticket,
-            key=BatchKey(
-                model=job.model,
-                version=job.version,
-                shape=sample.tensor.shape,
-                dtype=str(sample.tensor.dtype),
-                extra_shapes=tuple(values.shape for values in sample.extras.values()),
-            ),
-            max_rows=model.card.max_batch_rows,
-            enqueued_at=now,
-            # Who names no deadline, or a far one, must not be overtaken for ever by those who hurry.
-            deadline=min(math.inf if job.deadline is None else job.deadline, now + PATIENCE_SECONDS[job.lane]),
+    def put(self, demand: Demand, job: Job, sample: Sample, reply: Reply, now: float) -> Entry:
+        """Adds a decoded request.
+
+        Args:
+            demand: what it asks of the device.
+            job: with its targets placed.
+            sample: its input.
+            reply: where outcomes go.
+            now: monotonic seconds.
+        """
+        key = dataclasses.replace(
+            demand.key,
+            shape=sample.tensor.shape,
+            dtype=str(sample.tensor.dtype),
+            extra_shapes=tuple(values.shape for values in sample.extras.values()),
         )
-        entry = self._entries[ticket] = Entry(job=job, model=model, sample=sample, reply=reply, waiting=waiting)
+        with self._lock:
+            candidate = Candidate(
+                ticket=next(self._tickets),
+                key=key,
+                depth=demand.depth,
+                max_rows=demand.model.card.max_batch_rows,
+                lane=job.lane,
+                caller=demand.caller,
+                enqueued_at=now,
+                deadline=demand.deadline,
+            )
+            entry = Entry(job=job, model=demand.model, sample=sample, reply=reply, demand=demand, waiting=candidate)
+            self._add(_Place(candidate, entry, dataclasses.replace(self._load(demand), key=key)))
         self._changed.set()
         return entry
 
     def drop(self, entry: Entry) -> bool:
-        """Takes an entry out if it still waits, because its caller left; says whether it did."""
-        return self._entries.pop(entry.waiting.ticket, None) is not None
+        """Takes an entry out if it still waits, because its caller left; says whether it waited for its pass."""
+        with self._lock:
+            ticket = self._works.pop(entry, None)
+            if ticket is not None:
+                self._take(ticket)
+                self._gone.append(entry)
+            waited = self._take(entry.waiting.ticket) is not None
+        self._changed.set()
+        return waited
 
-    async def next_batch(self) -> Sequence[Entry]:
-        """Waits until a pass should start and takes its entries out."""
-        loop = asyncio.get_running_loop()
-        while True:
-            self._changed.clear()
-            decided = self._decide()
-            if decided.tickets:
-                return self._taken(decided)
-            timeout = None if math.isinf(decided.ask_again_at) else max(0.0, decided.ask_again_at - loop.time())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout)
+    def listen(self) -> None:
+        """From now on `changed` waits for what has not happened yet."""
+        self._changed.clear()
 
-    def ready_batch(self) -> Sequence[Entry]:
-        """Takes the entries of a pass out that should start now; none if none should."""
-        return self._taken(self._decide())
+    async def changed(self, until: float) -> None:
+        """Returns when something came, left or failed to come since `listen`, or at a moment of monotonic seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(None if math.isinf(until) else until):
+                await self._changed.wait()
 
-    def _decide(self) -> Plan:
-        return plan(
-            [entry.waiting for entry in self._entries.values()],
-            self._arriving,
-            window_seconds=self._window_seconds,
-            now=asyncio.get_running_loop().time(),
+    def take(self, now: float) -> Turn:
+        """Takes out what the device is to do now; device thread."""
+        with self._lock:
+            gone = self._gone + self._expired_works(now)
+            self._gone = []
+            decision = decide(
+                [place.candidate for place in self._places.values()],
+                shares=self._shares,
+                costs=self._costs,
+                limits=self._limits,
+                now=now,
+                arriving=self._arriving,
+                returning=self._returns.expected_since(now),
+            )
+            self._shares = decision.shares
+            places = [self._places[ticket] for ticket in decision.tickets]
+            for place in places:
+                self._take(place.candidate.ticket)
+                self._works.pop(place.entry, None)
+        return Turn(entries=[place.entry for place in places], decision=decision, gone=gone)
+
+    def observe_pass(self, entries: Sequence[Entry], seconds: float, now: float) -> None:
+        """A pass of these rows took so long; device thread."""
+        with self._lock:
+            depth = max(entry.waiting.depth for entry in entries)
+            self._costs.observe(entries[0].waiting.key, depth, len(entries), seconds, now)
+
+    def observe_whole(self, work: WorkKey, seconds: float, now: float) -> None:
+        """Amplified work was done to its end, in so much device time; device thread."""
+        with self._lock:
+            self._costs.observe_whole(work, seconds, now)
+
+    def end(self, turn: Turn, seconds: float, now: float) -> None:
+        """What was taken has run: lanes and callers pay what it really took; device thread."""
+        decision = turn.decision
+        first = turn.entries[0]
+        with self._lock:
+            self._shares = self._shares.charged(
+                decision.charges, seconds - decision.predicted_seconds, self._limits.weights
+            )
+            if not decision.is_chunk:
+                self._returns.ended((first.job.model, first.job.version), len(turn.entries), now)
+
+    def put_back(self, entry: Entry, works: Sequence[WorkKey], spent: float, chunk_seconds: float, now: float) -> None:
+        """Amplified work waits for its next chunk, at the end of the line; device thread.
+
+        Args:
+            entry: whose.
+            works: those of its specs that are not yet done; the first is at work.
+            spent: seconds of the device on the first so far.
+            chunk_seconds: what its last chunk took, or 0 before the first.
+            now: monotonic seconds.
+        """
+        with self._lock:
+            if entry.reply.is_abandoned:
+                self._gone.append(entry)
+                return
+            if chunk_seconds:
+                self._costs.observe_chunk(works[0], chunk_seconds)
+            first, *rest = ((self._costs.whole_seconds(work) or 0.0) for work in works)
+            left = max(first - spent, self._costs.chunk_seconds(works[0])) + sum(rest)
+            candidate = dataclasses.replace(entry.waiting, ticket=next(self._tickets), enqueued_at=now, work=works[0])
+            self._works[entry] = candidate.ticket
+            self._add(_Place(candidate, entry, Load(lane=candidate.lane, key=None, amplified_seconds=left)))
+
+    def _load(self, demand: Demand) -> Load:
+        known = (self._costs.whole_seconds(work) for work in demand.works.values())
+        return Load(
+            lane=demand.job.lane,
+            key=demand.key,
+            depth=demand.depth,
+            max_rows=demand.model.card.max_batch_rows,
+            amplified_seconds=sum(seconds for seconds in known if seconds is not None),
         )
 
-    def _taken(self, decided: Plan) -> list[Entry]:
-        return [self._entries.pop(ticket) for ticket in decided.tickets]
+    def _seed(self, demand: Demand) -> None:
+        """What passes took at warm-up is where the estimates of a key begin."""
+        place = (demand.key, id(demand.model))
+        if place not in self._seeded and len(self._seeded) < _MOST_SEEDED:
+            self._seeded.add(place)
+            for sample in demand.model.costs:
+                self._costs.observe(demand.key, sample.depth, sample.rows, sample.seconds, -math.inf)
+
+    def _add(self, place: _Place) -> None:
+        self._places[place.candidate.ticket] = place
+        self._backlog.add(place.load)
+
+    def _take(self, ticket: int) -> _Place | None:
+        place = self._places.pop(ticket, None)
+        if place is not None:
+            self._backlog.remove(place.load)
+        return place
+
+    def _expired_works(self, now: float) -> list[Entry]:
+        """Takes amplified work out whose time is over; rows are taken out by their callers, who are told at their deadline."""
+        over = [entry for entry, ticket in self._works.items() if self._places[ticket].candidate.deadline <= now]
+        for entry in over:
+            self._take(self._works.pop(entry))
+        return over
+
+    @staticmethod
+    def _is_row_of(place: _Place, lane: Lane) -> bool:
+        return place.candidate.work is None and place.candidate.lane is lane
+
+
+# Keys come from cards: a handful for each model.
+_MOST_SEEDED = 4096

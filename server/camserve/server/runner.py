@@ -1,8 +1,8 @@
-"""The device thread: runs one batch at a time, sends predictions before any gradient, maps as they are made.
+"""The device thread: takes one pass or chunk after another from the queue, sends predictions before any gradient, maps at once.
 
-`dispatch.py` hands it batches; outcomes go to each entry's reply. A batch that fails is halved until the row at fault stands
+`dispatch.py` sets it to work; outcomes go to each entry's reply. A batch that fails is halved until the row at fault stands
 alone: out of memory gets smaller passes, a bad row fails by itself and its neighbours are answered. Specs that need many passes
-over their row stay behind the batch as amplified work, which `advance` takes on by one chunk at a time, in turn.
+over their row go back to the queue as amplified work, which waits there for its next chunk like anything else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -24,7 +25,7 @@ from camserve.server.engine.passes import Amplification, Closed, Forwarded, Mapp
 from camserve.server.failures import not_finite, row_failure
 from camserve.server.jobs import PassFacts, SpecFailed
 from camserve.server.metrics import Metrics
-from camserve.server.queue import Entry
+from camserve.server.queue import DeviceQueue, Entry, Turn
 from camserve.server.replies import Outcome, Reply, RowForwarded, deliver
 
 __all__ = ["Runner"]
@@ -49,12 +50,14 @@ class _Amplified:
         facts: of the pass.
         works: of each spec, in order; the first is at work.
         turned_at: monotonic seconds at which its last turn began; None before the first.
+        spent: seconds of the device on the first so far.
     """
 
     entry: Entry
     facts: PassFacts
     works: collections.deque[Amplification]
     turned_at: float | None = None
+    spent: float = 0.0
 
 
 class Runner:
@@ -62,46 +65,82 @@ class Runner:
 
     def __init__(self, metrics: Metrics, torch_threads: int) -> None:
         self._metrics = metrics
-        self._amplified: collections.deque[_Amplified] = collections.deque()
+        self._amplified: dict[Entry, _Amplified] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="camserve-device")
+        # Both are written by the event loop and read by the device thread between two turns.
+        self._calls = 0
+        self._is_closing = False
         if torch_threads:
             torch.set_num_threads(torch_threads)
 
     async def call(self, work: Callable[[], _T]) -> _T:
         """Runs something else on the device thread, such as loading a model; whatever it raises comes as an Exception."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _contained, work)
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _contained, work)
+        finally:
+            self._calls -= 1
 
-    async def run(self, entries: Sequence[Entry]) -> None:
-        """Runs one batch; returns when every entry has its outcomes. Never raises for a row's sake."""
+    async def work(self, queue: DeviceQueue) -> float:
+        """Runs what the queue gives, one after another, until it gives nothing or `call` wants the thread.
+
+        Never raises for a row's sake.
+
+        Returns:
+            When to come again, monotonic seconds; infinity for when the queue has changed.
+        """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._run, entries, loop)
+        return await loop.run_in_executor(self._thread, self._work, queue, loop)
 
     @property
     def has_amplified(self) -> bool:
-        """Whether amplified work is left; between calls of `run` and `advance` nothing but they changes it."""
+        """Whether amplified work is left."""
         return bool(self._amplified)
-
-    async def advance(self) -> None:
-        """Does one chunk of the amplified work that has waited longest. Never raises for its sake."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._advance, loop)
 
     async def close(self, timeout_seconds: float) -> bool:
         """Ends the thread after what it is at; says whether it came to an end in time."""
+        self._is_closing = True
         idle = asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
         done, _ = await asyncio.wait({idle}, timeout=timeout_seconds)
         self._thread.shutdown(wait=bool(done), cancel_futures=True)
         return bool(done)
 
-    def _run(self, entries: Sequence[Entry], loop: asyncio.AbstractEventLoop) -> None:
-        started = time.perf_counter()
+    def _work(self, queue: DeviceQueue, loop: asyncio.AbstractEventLoop) -> float:
+        while not self._is_closing:
+            turn = queue.take(time.monotonic())
+            for entry in turn.gone:
+                self._amplified.pop(entry, None)
+            if not turn.entries:
+                return turn.decision.ask_again_at
+            started = time.perf_counter()
+            if turn.decision.is_chunk:
+                self._advance(queue, turn.entries[0], loop)
+            else:
+                self._run(queue, turn.entries, loop)
+            seconds = time.perf_counter() - started
+            queue.end(turn, seconds, time.monotonic())
+            self._count(turn, seconds)
+            if self._calls:
+                break
+        return -math.inf
+
+    def _count(self, turn: Turn, seconds: float) -> None:
+        metrics = self._metrics
+        metrics.device_busy.inc(seconds)
+        for charge in turn.decision.charges:
+            metrics.device_seconds.labels(charge.lane).inc(charge.part * seconds)
+        if turn.decision.cut is not None:
+            metrics.batch_cut.labels(turn.decision.cut).inc()
+
+    def _run(self, queue: DeviceQueue, entries: Sequence[Entry], loop: asyncio.AbstractEventLoop) -> None:
         todo = [list(entries)]
         while todo:
             batch = [entry for entry in todo.pop() if not entry.reply.is_abandoned]
             if not batch:
                 continue
+            started = time.perf_counter()
             try:
-                self._pass(batch, loop)
+                amplified = self._pass(batch, loop)
             except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
                 failure = row_failure(error, batch[0].job.model)
                 if len(batch) == 1:
@@ -113,9 +152,17 @@ class Runner:
                     _log.warning("pass failed, halving", rows=len(batch), model=batch[0].job.model, error=repr(error))
                     middle = len(batch) // 2
                     todo += [batch[middle:], batch[:middle]]
-        self._metrics.device_busy.inc(time.perf_counter() - started)
+                continue
+            now = time.monotonic()
+            if not any(entry.reply.is_abandoned for entry in batch):
+                # What was cut short would make the next look cheaper than it is.
+                queue.observe_pass(batch, time.perf_counter() - started, now)
+            for work in amplified:
+                self._amplified[work.entry] = work
+                self._put_back(queue, work, 0.0)
 
-    def _pass(self, batch: list[Entry], loop: asyncio.AbstractEventLoop) -> None:
+    def _pass(self, batch: list[Entry], loop: asyncio.AbstractEventLoop) -> list[_Amplified]:
+        """Runs one batch; returns the work that goes on behind it."""
         model = batch[0].model
         card = model.card
         started_at = time.monotonic()
@@ -127,6 +174,7 @@ class Runner:
         ]
         specs = [entry.job.specs for entry in batch] + [()] * (rows - len(batch))
         amplified: dict[int, collections.deque[Amplification]] = collections.defaultdict(collections.deque)
+        behind: list[_Amplified] = []
 
         def is_wanted(row: int) -> bool:
             return row < len(batch) and not batch[row].reply.is_abandoned
@@ -152,19 +200,27 @@ class Runner:
                     self._observe(facts, event, card.name)
                     done = [entry for row, entry in enumerate(batch) if row not in amplified]
                     deliver(loop, [(entry.reply, facts) for entry in done])
-                    for row, works in amplified.items():
-                        self._amplified.append(_Amplified(entry=batch[row], facts=facts, works=works))
+                    behind = [
+                        _Amplified(entry=batch[row], facts=facts, works=works) for row, works in amplified.items()
+                    ]
+        return behind
 
-    def _advance(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One chunk of the first in line, which then goes to the end of it."""
-        started = time.perf_counter()
-        first = self._amplified.popleft()
-        entry, work = first.entry, first.works[0]
+    def _advance(self, queue: DeviceQueue, entry: Entry, loop: asyncio.AbstractEventLoop) -> None:
+        """One chunk of an entry's work, which then waits for its next turn."""
+        amplified = self._amplified[entry]
+        work = amplified.works[0]
         if entry.reply.is_abandoned:
+            del self._amplified[entry]
             return
+        started = time.perf_counter()
         outcomes: Sequence[Outcome]
+        is_whole = False
         try:
-            outcomes = work.finish_now() if self._is_last_call(first, work) else work.advance()
+            if self._is_last_call(amplified, work):
+                outcomes = work.finish_now()
+            else:
+                outcomes = work.advance()
+                is_whole = work.is_done and not any(isinstance(outcome, SpecFailed) for outcome in outcomes)
         except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
             failure = row_failure(error, entry.job.model)
             _log.warning(
@@ -172,16 +228,26 @@ class Runner:
             )
             outcomes = [SpecFailed(spec_index=work.spec_index, error=failure)]
             work.close()
-        if work.is_done:
-            first.works.popleft()
-        if first.works:
-            self._amplified.append(first)
-        else:
-            outcomes = [*outcomes, first.facts]
-        deliver(loop, [(entry.reply, outcome) for outcome in outcomes])
         seconds = time.perf_counter() - started
+        amplified.spent += seconds
+        if is_whole:
+            queue.observe_whole(entry.demand.works[work.spec_index], amplified.spent, time.monotonic())
+        if work.is_done:
+            amplified.works.popleft()
+            amplified.spent = 0.0
+        if amplified.works:
+            deliver(loop, [(entry.reply, outcome) for outcome in outcomes])
+            self._put_back(queue, amplified, 0.0 if work.is_done else seconds)
+        else:
+            del self._amplified[entry]
+            deliver(loop, [(entry.reply, outcome) for outcome in (*outcomes, amplified.facts)])
         self._metrics.pass_seconds.labels(entry.job.model, "amplified").observe(seconds)
-        self._metrics.device_busy.inc(seconds)
+
+    @staticmethod
+    def _put_back(queue: DeviceQueue, amplified: _Amplified, chunk_seconds: float) -> None:
+        entry = amplified.entry
+        works = [entry.demand.works[work.spec_index] for work in amplified.works]
+        queue.put_back(entry, works, amplified.spent, chunk_seconds, time.monotonic())
 
     def _is_last_call(self, amplified: _Amplified, work: Amplification) -> bool:
         """Whether the deadline would pass before this work had its turn again, and the caller takes what there is."""
@@ -191,7 +257,7 @@ class Runner:
         if job.deadline is None or not work.allows_partial:
             return False
         # The last round also tells what others in line, and passes in between, took.
-        turn = max(work.chunk_seconds * (len(self._amplified) + 1), 0.0 if before is None else now - before)
+        turn = max(work.chunk_seconds * len(self._amplified), 0.0 if before is None else now - before)
         share = _LAST_CALL_SHARE * (job.deadline - job.received_at)
         last_call = min(max(share, _SHORTEST_LAST_CALL_SECONDS), _LONGEST_LAST_CALL_SECONDS)
         return now + turn + last_call > job.deadline

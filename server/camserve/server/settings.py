@@ -15,6 +15,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from camserve.server.jobs import Lane
+from camserve.server.scheduling import Limits
+
 __all__ = ["Settings", "load_settings"]
 
 _LARGEST_PORT = 65535
@@ -32,7 +35,9 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")
     torch_threads: int = Field(
-        0, ge=0, description="Most threads of one pass on CPU, of which each model takes what serves it; 0 means all cores."
+        0,
+        ge=0,
+        description="Most threads of one pass on CPU, of which each model takes what serves it; 0 means all cores.",
     )
     slice_seconds: float = Field(
         0.020,
@@ -43,8 +48,16 @@ class Settings(BaseSettings):
     decode_threads: int = Field(0, ge=0, description="Threads that decode and encode; 0 takes one for each core.")
     max_batch_rows: int = Field(16, ge=1, le=1024, description="Most rows in one pass; a model's card may say less.")
     batch_window_seconds: float = Field(
-        0.005, ge=0, le=1, description="How long a pass may wait for requests that are being decoded right now."
+        0.005, ge=0, le=1, description="How long a pass may wait for requests being decoded or about to come back."
     )
+    max_pass_seconds: float = Field(
+        0.5, gt=0, le=60, description="Rows join a pass only while it is predicted to take no longer than this."
+    )
+    interactive_weight: float = Field(
+        6.0, gt=0, le=1000, description="Part of the device that the interactive lane gets while others wait."
+    )
+    standard_weight: float = Field(3.0, gt=0, le=1000, description="Likewise, of the standard lane.")
+    bulk_weight: float = Field(1.0, gt=0, le=1000, description="Likewise, of the bulk lane.")
     max_requests: int = Field(256, ge=1, description="Most requests past the door at once; more are told to come back.")
     max_held_bytes: int = Field(
         2 << 30,
@@ -90,6 +103,19 @@ class Settings(BaseSettings):
     def decoders(self) -> int:
         """Number of decode threads, resolved."""
         return self.decode_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def planner_limits(self) -> Limits:
+        """What the planner keeps to."""
+        return Limits(
+            weights={
+                Lane.INTERACTIVE: self.interactive_weight,
+                Lane.STANDARD: self.standard_weight,
+                Lane.BULK: self.bulk_weight,
+            },
+            window_seconds=self.batch_window_seconds,
+            max_pass_seconds=self.max_pass_seconds,
+        )
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:

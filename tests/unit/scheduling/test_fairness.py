@@ -16,7 +16,7 @@ from camserve.server.scheduling.planner import WEIGHTS, Limits
 from camserve.server.scheduling.work import BatchKey
 
 SLICE = 0.02
-LIMITS = Limits(window_seconds=0.002, max_slice_seconds=SLICE)
+LIMITS = Limits(window_seconds=0.002, max_pass_seconds=SLICE)
 LANES = list(Lane)
 
 

@@ -18,7 +18,7 @@ from camserve.server.scheduling.shares import Shares
 from camserve.server.scheduling.work import BatchKey, Candidate, WorkKey
 
 WINDOW = 0.005
-LIMITS = Limits(window_seconds=WINDOW, max_slice_seconds=0.1)
+LIMITS = Limits(window_seconds=WINDOW, max_pass_seconds=0.1)
 COSTS = FixedCosts.of(fixed=0.003, per_row=0.001)
 KEYS = [
     KEY,
@@ -244,9 +244,9 @@ lines = st.lists(st.tuples(st.floats(0, 0.02), st.floats(0.0001, 0.02)), min_siz
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6), lines)
-def test_riding_together_or_apart_is_never_worse_than_always_either(depths, by_depth):
-    """What waits runs in the least predicted time of all contiguous splits by depth, whatever the order it came in."""
-    simulation = Simulation(FixedCosts(by_depth), Limits(max_slice_seconds=math.inf))
+def test_riding_together_or_apart_is_never_clearly_worse(depths, by_depth):
+    """What waits takes no longer than always together, and little more than the best of all splits by depth."""
+    simulation = Simulation(FixedCosts(by_depth), Limits(max_pass_seconds=math.inf))
     ran = simulation.run([Request(depth=depth, max_rows=6) for depth in depths])
     taken = sum(one.ended_at - one.started_at for one in ran)
 
@@ -262,14 +262,15 @@ def test_riding_together_or_apart_is_never_worse_than_always_either(depths, by_d
         best = min(best, sum(by_depth[part[-1]].seconds(len(part)) for part in parts))
 
     assert len(depths) == sum(len(one.requests) for one in ran)
-    assert taken <= best + 1e-12
+    assert taken <= by_depth[ordered[-1]].seconds(len(ordered)) + 1e-12
+    assert taken <= best / 0.75 + 1e-12
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6))
 def test_no_more_deadlines_are_missed_than_must_be(deadlines):
     """On jobs of one unit with deadlines, as many are on time as in the best of all orders."""
-    unit = Limits(window_seconds=0, max_slice_seconds=math.inf)
+    unit = Limits(window_seconds=0, max_pass_seconds=math.inf)
     simulation = Simulation(FixedCosts.of(fixed=1.0, per_row=0.0), unit)
     # Half a unit of slack: the ends of passes are not the deadlines themselves.
     ran = simulation.run([Request(max_rows=1, patience=deadline + 0.5) for deadline in deadlines])

@@ -6,7 +6,7 @@
    those, callers that have not had more than others before those that have, then the earliest deadline, then arrival.
 2. The first of these whose batch need not be waited for is the head. Rows of its key fill the batch: those of its lane, then
    riders of other lanes.
-3. Rows of different depths ride together or apart, whichever takes the device less time; the head's part goes.
+3. Rows of different depths ride together, unless apart they take the device clearly less time; the head's part goes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ WEIGHTS: Mapping[Lane, float] = MappingProxyType({Lane.INTERACTIVE: 6.0, Lane.ST
 
 # Callers whose use of the device differs by less than this go by deadline: about one chunk.
 _EVEN_SECONDS = 0.02
+# Passes apart must be predicted to take no more than this part of one together: estimates scatter, they count rows that want less
+# than the deepest as if they wanted its maps as well, and each pass more is one more wait for those behind it.
+_CLEARLY_CHEAPER = 0.75
 # Who has waited so long goes before those whose caller has had less: a share must not become a wait for ever.
 _LONGEST_SECONDS = 60.0
 # Of lanes that have had the same, the more urgent goes first.
@@ -55,12 +58,12 @@ class Limits:
     Attributes:
         weights: part of the device of each lane, while all wait.
         window_seconds: longest that a pass waits for requests that are known or likely to come.
-        max_slice_seconds: rows are added to a batch only while it is predicted to take no longer than this.
+        max_pass_seconds: rows are added to a batch only while it is predicted to take no longer than this.
     """
 
     weights: Mapping[Lane, float] = dataclasses.field(default_factory=lambda: WEIGHTS)
     window_seconds: float = 0.005
-    max_slice_seconds: float = 0.5
+    max_pass_seconds: float = 0.5
 
 
 class Cut(enum.StrEnum):
@@ -185,8 +188,11 @@ class _Desk:
 
     def _urgency(self, entry: Candidate) -> tuple[bool, float, int]:
         """Sorts those who can still be on time before those who cannot, not even alone and at once; then by deadline, arrival."""
+        if entry.work is not None:
+            # Works take turns, so that each has something to show; only who has less than half the time of another goes first.
+            return False, math.frexp(max(entry.due - self._now, 0.001))[1], entry.ticket
         is_hopeless = False
-        if entry.deadline != math.inf and entry.work is None:
+        if entry.deadline != math.inf:
             line = self._line(entry.key, entry.depth)
             is_hopeless = line.is_known and self._now + line.seconds(1) > entry.deadline
         return is_hopeless, entry.due, entry.ticket
@@ -235,7 +241,7 @@ class _Desk:
             return Cut.ROWS
         line = self._line(key, max(entry.depth for entry in group))
         predicted = line.seconds(len(group))
-        if predicted >= limits.max_slice_seconds and line.is_known:
+        if predicted >= limits.max_pass_seconds and line.is_known:
             return Cut.SLICE
         model = (key.model, key.version)
         until = -math.inf
@@ -267,7 +273,7 @@ class _Desk:
         """The batch of that head; `cut` tells why it is not waited for."""
         key, most = head.key, head.max_rows
         pool = self._pool(head)
-        depths = self._depths(head, pool[:most])
+        depths = self._depths(head, pool)
         chosen: list[Candidate] = []
         parts: dict[Lane, int] = collections.Counter()
         depth, tightest = 0, math.inf
@@ -288,7 +294,7 @@ class _Desk:
             deepest = max(depth, entry.depth)
             line = self._line(key, deepest)
             seconds = line.seconds(len(chosen) + 1)
-            if chosen and line.is_known and seconds > self._limits.max_slice_seconds:
+            if chosen and line.is_known and seconds > self._limits.max_pass_seconds:
                 left_out = Cut.SLICE
                 break
             if chosen and self._now + seconds > tightest:
@@ -323,11 +329,19 @@ class _Desk:
         return own + sorted(riders, key=self._urgency)
 
     def _depths(self, head: Candidate, pool: Collection[Candidate]) -> Collection[int]:
-        """Which depths ride with the head, by the cheapest split of those that fit into one batch."""
+        """Which depths ride with the head: all, unless passes apart are clearly cheaper for all that waits."""
         rows = collections.Counter(entry.depth for entry in pool)
         if len(rows) == 1:
             return rows
-        runs = cheapest_split(rows, lambda depth, count: self._line(head.key, depth).seconds(count))
+
+        def seconds(depth: int, count: int) -> float:
+            line = self._line(head.key, depth)
+            return line.fixed * math.ceil(count / head.max_rows) + line.per_row * count
+
+        runs = cheapest_split(rows, seconds)
+        apart = sum(seconds(run[-1], sum(rows[depth] for depth in run)) for run in runs)
+        if apart > _CLEARLY_CHEAPER * seconds(max(rows), len(pool)):
+            return rows
         run = next(run for run in runs if head.depth in run)
         # Depths that are not in the pool, but between those of the run, cost it nothing.
         return range(run[0], run[-1] + 1)
@@ -338,7 +352,7 @@ class _Desk:
             return True
         lanes, weights = self._shares.lanes, self._limits.weights
         ahead = lanes.standing(lane) + seconds / weights[lane] - lanes.standing(head.lane)
-        return ahead <= self._limits.max_slice_seconds / weights[lane]
+        return ahead <= self._limits.max_pass_seconds / weights[lane]
 
     def _charged(self, charges: Sequence[Charge], seconds: float) -> Shares:
         present = {
@@ -350,5 +364,5 @@ class _Desk:
         }
         limits = self._limits
         return self._shares.charged(
-            charges, seconds, limits.weights, present=present, rider_seconds=limits.max_slice_seconds
+            charges, seconds, limits.weights, present=present, rider_seconds=limits.max_pass_seconds
         )

@@ -1,0 +1,76 @@
+"""What a request will ask of the device, read off its specs before anything is decoded.
+
+`pipeline.py` makes a `Demand` of every job; the door refuses by it, the queue counts it, and the planner groups by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from camserve.server.engine.effort import effort_of
+from camserve.server.jobs import Job, Spec, TopClasses
+from camserve.server.models.repository import ServedModel
+from camserve.server.scheduling import BatchKey, WorkKey
+
+__all__ = ["Demand", "demand_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What one request asks.
+
+    Attributes:
+        job: whose.
+        model: that is to run.
+        key: whom it will ride with if its input has the size that the card tells.
+        depth: how far back its gradient goes.
+        caller: who shares with others: a host, however many connections it opens.
+        works: of each spec by its index, what tells how long amplified work takes; empty when none is amplified.
+    """
+
+    job: Job
+    model: ServedModel
+    key: BatchKey
+    depth: int = 0
+    caller: str = ""
+    works: Mapping[int, WorkKey] = dataclasses.field(default_factory=dict)
+
+    @property
+    def deadline(self) -> float:
+        """Monotonic seconds, or infinity."""
+        return math.inf if self.job.deadline is None else self.job.deadline
+
+
+def demand_of(job: Job, model: ServedModel) -> Demand:
+    """Reads it off a validated job."""
+    effort = effort_of(model.pass_model, job.specs)
+    card = model.card
+    key = BatchKey(
+        model=job.model,
+        version=job.version,
+        shape=tuple(card.recipe.shape),
+        extra_shapes=tuple(extra.shape for extra in card.extra_inputs),
+        form=effort.form,
+    )
+    works = {spec.index: _work_key(key, spec) for spec in job.specs} if effort.is_amplified else {}
+    return Demand(job=job, model=model, key=key, depth=effort.depth, caller=_host(job.caller), works=works)
+
+
+def _work_key(key: BatchKey, spec: Spec) -> WorkKey:
+    about = spec.target.about
+    # What changes neither the number of tries nor their size must not tell one work from another.
+    budget = (
+        dataclasses.replace(spec.parameters, seed=0, allows_partial=False),
+        spec.smoothing,
+        type(about).__name__,
+        about.k if isinstance(about, TopClasses) else 1,
+        key.shape,
+    )
+    return WorkKey(model=key.model, version=key.version, method=spec.method, layers=spec.layers, budget=budget)
+
+
+def _host(peer: str) -> str:
+    """`ipv4:10.0.0.7` of `ipv4:10.0.0.7:51234`: gRPC's name of a peer without its port."""
+    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
