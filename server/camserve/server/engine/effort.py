@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from camserve.server.cam.methods import Amplified, Method, Need, find_method
+from camserve.server.engine.compiled import COMPILED
 from camserve.server.engine.plan import PassModel, rule_of, taps_of
 from camserve.server.engine.planned import PlannedProgram
 from camserve.server.engine.program import INPUT, TapName
@@ -48,8 +49,13 @@ def effort_of(model: PassModel, specs: Sequence[Spec]) -> Effort:
         found = taps_of(model, method, spec)
         taps += found
         depth = max(depth, _depth(model, method, spec, found))
-    form = model.program.form_of(taps) if isinstance(model.program, PlannedProgram) else ""
-    return Effort(form=form, depth=depth, is_amplified=is_amplified)
+    return Effort(form=_form(model, specs, taps), depth=depth, is_amplified=is_amplified)
+
+
+def _form(model: PassModel, specs: Sequence[Spec], taps: Sequence[TapName]) -> str:
+    if model.compiled is not None and model.compiled.rides(specs):
+        return COMPILED
+    return model.program.form_of(taps) if isinstance(model.program, PlannedProgram) else ""
 
 
 def _depth(model: PassModel, method: Method, spec: Spec, taps: Sequence[TapName]) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 from camserve.server.cam.methods import Need
 from camserve.server.engine.aiming import Aimer
 from camserve.server.engine.amplification import Amplification
+from camserve.server.engine.compiled_pass import compiled_graph
 from camserve.server.engine.evidence import Differentiated
 from camserve.server.engine.further import FurtherForwards, rules_of
 from camserve.server.engine.graph import Chosen, Gradients, PassGraph, capture_graph, moved
@@ -128,7 +129,8 @@ def run_pass(
     inputs = [moved(model, value) for value in (batch, *extras)]
     asks, failures = check(model, [(row, spec) for row in wanted for spec in rows[row]])
     with Lap(device) as forward:
-        graph, refusals = _forward(model, inputs, asks)
+        compiled = compiled_graph(model, inputs[0], [specs if row in wanted else () for row, specs in enumerate(rows)])
+        graph, refusals = _forward(model, inputs, asks) if compiled is None else (compiled, {})
         readings = tuple(graph.readout().readings())
     is_finite = np.asarray([_is_finite(reading) for reading in readings])
     yield Forwarded(readings=readings, finite=is_finite, forward_seconds=forward.seconds)

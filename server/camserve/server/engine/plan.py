@@ -22,6 +22,7 @@ from camserve.server.cam.methods import (
     first_component,
 )
 from camserve.server.cam.methods.augmentation import augmented
+from camserve.server.engine.compiled import CompiledPlan
 from camserve.server.engine.head import LinearHead
 from camserve.server.engine.layout import Layout
 from camserve.server.engine.pace import Pace
@@ -58,6 +59,7 @@ class PassModel:
             the CPU, where arithmetic costs most, and the batch elsewhere, where launching does. Last bits may differ.
         depths: how far back each layer lies, by its name as specs write it: 1 at the deepest stage, 2 at the one before it.
         pace: threads and chunks.
+        compiled: what of it is compiled; None where its card does not ask for that.
     """
 
     program: Program
@@ -74,6 +76,7 @@ class PassModel:
     whole_batch_maps: bool | None = None
     depths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     pace: Pace = dataclasses.field(default_factory=Pace)
+    compiled: CompiledPlan | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
