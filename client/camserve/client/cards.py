@@ -91,7 +91,7 @@ class ModelPlan:
     """How a model is run, as its server chose by trial when it loaded it.
 
     Attributes:
-        form: "folded, channels last", "folded", or "as loaded"; empty when the server does not say.
+        form: such as "folded, channels last, fused up to layer4", or "as loaded"; empty when the server does not say.
         speedup: of a forward over the program as loaded.
         deviation: largest difference of an output from the program as loaded, relative to the largest output.
         threads: of one operation on a CPU; 0 for the library's own number.

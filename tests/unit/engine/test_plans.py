@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from camserve.server.engine.eager import EagerProgram
 from camserve.server.engine.export import ExportProgram
-from camserve.server.engine.planned import ORIGINAL, REWRITTEN, PlannedProgram
+from camserve.server.engine.planned import FUSED, ORIGINAL, REWRITTEN, PlannedProgram
 from camserve.server.engine.plans import choose_plan, choose_threads
-from camserve.server.engine.program import BackwardRule, TapName
+from camserve.server.engine.program import INPUT, BackwardRule, TapName
 from camserve.server.engine.script import load_script
 
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def test_other_rules_and_questions_go_to_the_program_as_loaded(program):
 
 def test_a_short_forward_is_left_as_it_is(program):
     """Where launching operators is most of the work no form is tried, so that the choice cannot follow noise."""
-    plan = choose_plan(program, [images(1, size=8)], TapName.parse("block2"))
+    plan = choose_plan(program, [images(1, size=8)], [TapName.parse("block2")])
 
     assert (plan.name, plan.program) == ("as loaded", program)
 
@@ -192,7 +192,7 @@ def test_a_form_that_computes_something_else_is_refused():
     net.bn.running_mean.fill_(2.0)
     program = EagerProgram(net, device=CPU, dtype=torch.float32)
 
-    plan = choose_plan(program, [images(4, size=224).float()], TapName.parse("more"))
+    plan = choose_plan(program, [images(4, size=224).float()], [TapName.parse("more")])
 
     assert (plan.name, plan.program) == ("as loaded", program)
 
@@ -219,3 +219,31 @@ def test_short_work_gets_one_thread():
 
     assert choose_threads(lambda: torch.zeros(1), 2, CPU) == 1
     assert torch.get_num_threads() == before
+
+
+def test_a_front_is_fused_up_to_the_default_layer():
+    """A pass that taps nothing else runs on the fused form, with the values and gradients of the program to rounding."""
+    torch.manual_seed(0)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(Net().eval()), file)
+    file.seek(0)
+    program = load_script(file, device=CPU)
+    form = program.rewritten([images(2)], channels_last=True)
+    tap, batch = TapName.parse("block2"), images(4, size=64).float()
+    cut = form.fused(tap)
+    assert cut is not None
+    fused = PlannedProgram(program, form, is_channels_last=True, fused=cut, fused_at=[tap, TapName.parse("block2#0")])
+
+    assert fused.form_of([]) == fused.form_of([tap]) == fused.form_of([TapName.parse("block2#0")]) == FUSED
+    assert fused.form_of([tap, TapName.parse("block1")]) == fused.form_of([INPUT]) == REWRITTEN
+    assert torch.equal(fused.run(batch), fused.capture([tap], batch).outputs)
+    ours, theirs = fused.capture([tap], batch), program.capture([tap], batch)
+    torch.testing.assert_close(ours.outputs, theirs.outputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.activations[tap], theirs.activations[tap], rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(captured.outputs[:, 1].sum(), [captured.activations[tap]])[0] for captured in (ours, theirs)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert not fused.capture([tap], batch, differentiable=False).activations[tap].requires_grad
+    back = fused.capture([], batch.clone().requires_grad_())
+    assert back.outputs.requires_grad

@@ -112,6 +112,10 @@ class HookedProgram(abc.ABC):
         except CamserveError:
             return False
 
+    def fused(self, _tap: TapName) -> Cut | None:
+        """Python modules are run as they are: None."""
+        return None
+
     def run(self, *inputs: Tensor) -> Any:
         """One forward without grad; the inputs are not changed."""
         with torch.no_grad(), plain_attention():

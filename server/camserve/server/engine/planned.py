@@ -1,12 +1,13 @@
-"""A program served by a faster form of itself wherever that form can do what is asked.
+"""A program served by faster forms of itself wherever these can do what is asked.
 
-`plans.py` makes one when a rewritten form passed its trial; passes, cuts and scores then run on that form. What it cannot do goes
-to the program as loaded: layers that were folded away, other backward rules, the biases, and all questions about what it is.
+`plans.py` makes one when a rewritten form passed its trial; passes, cuts and scores then run on that form, those that tap only
+the default layer on a fused one, if that is faster still. What they cannot do goes to the program as loaded: layers that were
+folded away, other backward rules, the biases, and all questions about what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +26,10 @@ from camserve.server.engine.program import (
     TapName,
 )
 
-__all__ = ["ORIGINAL", "REWRITTEN", "PlannedProgram", "Rewritable", "Rewritten"]
+__all__ = ["FUSED", "ORIGINAL", "REWRITTEN", "PlannedProgram", "Rewritable", "Rewritten"]
 
-ORIGINAL, REWRITTEN = "original", "rewritten"
-"""The two forms; see `PlannedProgram.form_of`."""
+ORIGINAL, REWRITTEN, FUSED = "original", "rewritten", "fused"
+"""The forms; see `PlannedProgram.form_of`."""
 
 
 class Rewritable(Program, Protocol):
@@ -50,32 +51,50 @@ class Rewritable(Program, Protocol):
 class Rewritten(Program, Protocol):
     """A rewritten form of a program: its values differ from the original's in their last bits."""
 
+    def fused(self, tap: TapName) -> Cut | None:
+        """A cut at one tap whose front has no derivative and is expected to be faster; None where there is no such thing."""
+        ...
+
     def keeps(self, tap: TapName) -> bool:
         """Whether there still is such a place and it holds what it did."""
         ...
 
 
 class PlannedProgram:
-    """A `Program` of two forms.
+    """A `Program` of two or three forms.
 
-    A pass runs on one of them. Rows that need a layer which the rewritten form lacks must not ride with others, lest those
-    get other bits because of them: `form_of` tells which form a request needs, and the planner groups by it.
+    A pass runs on one of them. Rows that need another form than others must not ride with them, lest those get other bits
+    because of them: `form_of` tells which form a request needs, and the planner groups by it.
 
     Args:
         original: as loaded.
         rewritten: made from it.
         is_channels_last: whether inputs of four axes are laid out channels last for it.
+        fused: a cut of the rewritten form whose front is fused; passes that tap nothing but its place run on it.
+        fused_at: the names of that place.
     """
 
-    def __init__(self, original: Program, rewritten: Rewritten, *, is_channels_last: bool) -> None:
+    def __init__(
+        self,
+        original: Program,
+        rewritten: Rewritten,
+        *,
+        is_channels_last: bool,
+        fused: Cut | None = None,
+        fused_at: Collection[TapName] = (),
+    ) -> None:
         self.original = original
-        self._rewritten = rewritten
-        self._is_channels_last = is_channels_last
+        self.rewritten = rewritten
+        self.is_channels_last = is_channels_last
+        self._fused = fused
+        self._fused_at = frozenset(fused_at)
 
     def form_of(self, taps: Iterable[TapName]) -> str:
-        """Which form runs a pass that captures these taps: `REWRITTEN` if that has them all."""
-        asked = (tap for tap in taps if tap not in (INPUT, ATTENTION))
-        return REWRITTEN if all(self._rewritten.keeps(tap) for tap in asked) else ORIGINAL
+        """Which form runs a pass that captures these taps: the fastest that has them all."""
+        asked = [tap for tap in taps if tap != ATTENTION]
+        if self._fused is not None and self._fused_at.issuperset(asked):
+            return FUSED
+        return REWRITTEN if all(self.rewritten.keeps(tap) for tap in asked if tap != INPUT) else ORIGINAL
 
     @property
     def kind(self) -> ProgramKind:
@@ -109,8 +128,11 @@ class PlannedProgram:
         return self.original.biases()
 
     def run(self, *inputs: Tensor) -> Any:
-        """One forward of the rewritten form."""
-        return self._rewritten.run(*self._laid_out(inputs))
+        """One forward of the fastest form."""
+        if self._fused is None:
+            return self.rewritten.run(*self._laid_out(inputs))
+        with torch.no_grad():
+            return self._fused.tail(*self._fused.front(*self._laid_out(inputs)))
 
     def capture(
         self,
@@ -120,18 +142,29 @@ class PlannedProgram:
         rule: BackwardRule = BackwardRule.PLAIN,
     ) -> Capture:
         """One forward of the form that has all taps; another rule than the plain one is applied to the program as loaded."""
-        if rule is not BackwardRule.PLAIN or self.form_of(taps) == ORIGINAL:
+        form = ORIGINAL if rule is not BackwardRule.PLAIN else self.form_of(taps)
+        if form == ORIGINAL:
             return self.original.capture(taps, *inputs, differentiable=differentiable, rule=rule)
-        return self._rewritten.capture(taps, *self._laid_out(inputs), differentiable=differentiable)
+        laid_out = self._laid_out(inputs)
+        if form == FUSED and self._fused is not None and not any(value.requires_grad for value in inputs):
+            activation, crossing = self._fused.front(*laid_out)
+            activation.requires_grad_(differentiable)
+            with torch.set_grad_enabled(differentiable):
+                outputs = self._fused.tail(activation, crossing)
+            return Capture(outputs=outputs, activations=dict.fromkeys(taps, activation))
+        return self.rewritten.capture(taps, *laid_out, differentiable=differentiable)
 
     def cut(self, tap: TapName) -> Cut:
         """Cuts the form that has the tap."""
-        if self.form_of([tap]) == ORIGINAL:
-            return self.original.cut(tap)
-        return _LaidOutCut(self._rewritten.cut(tap), self._laid_out)
+        match self.form_of([tap]):
+            case "original":
+                return self.original.cut(tap)
+            case "fused" if self._fused is not None:
+                return _LaidOutCut(self._fused, self._laid_out)
+        return _LaidOutCut(self.rewritten.cut(tap), self._laid_out)
 
     def _laid_out(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        if not self._is_channels_last:
+        if not self.is_channels_last:
             return list(inputs)
         return [value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value for value in inputs]
 

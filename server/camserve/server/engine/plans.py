@@ -52,7 +52,7 @@ class Plan:
 
     Attributes:
         program: what passes use.
-        name: `folded, channels last`, or `as loaded`.
+        name: such as `folded, channels last`, or `as loaded`.
         speedup: of a forward over the program as loaded; 1 for that itself.
         deviation: largest difference of an output from the program as loaded, relative to the largest output.
     """
@@ -63,13 +63,13 @@ class Plan:
     deviation: float = 0.0
 
 
-def choose_plan(program: Program, inputs: Sequence[Tensor], tap: TapName | None) -> Plan:
+def choose_plan(program: Program, inputs: Sequence[Tensor], default: Sequence[TapName]) -> Plan:
     """Tries the rewritten forms of a program.
 
     Args:
         program: as loaded, and looked at by the probe.
         inputs: as many rows as a full pass will have.
-        tap: the default layer, whose activation and gradient are compared too; None where there is none.
+        default: names of the default layer, whose activation and gradient are compared too; none where there is none.
     """
     as_loaded = Plan(program=program)
     with Lap(program.device) as lap:
@@ -80,16 +80,51 @@ def choose_plan(program: Program, inputs: Sequence[Tensor], tap: TapName | None)
     is_image = inputs[0].ndim == 4
     for channels_last in (True, False) if is_image else (False,):
         planned = _rewritten(program, inputs, channels_last=channels_last)
-        if planned is None:
-            continue
-        deviation = _deviation(planned, inputs, expected)
-        if deviation > _TOLERANCE[program.dtype] or not _explains_alike(program, planned, inputs, tap):
-            continue
-        speedup = _speedup(program, planned, inputs)
-        if speedup >= _LEAST_GAIN:
-            name = "folded, channels last" if channels_last else "folded"
-            return Plan(program=planned, name=name, speedup=speedup, deviation=deviation)
+        name = "folded, channels last" if channels_last else "folded"
+        plan = None if planned is None else _tried(program, planned, name, inputs, default, expected)
+        if planned is not None and plan is not None:
+            return _fused(program, planned, plan, inputs, default, expected)
     return as_loaded
+
+
+def _tried(
+    program: Program,
+    planned: PlannedProgram,
+    name: str,
+    inputs: Sequence[Tensor],
+    default: Sequence[TapName],
+    expected: Any,
+) -> Plan | None:
+    """The plan, if a form computes what the program does and is faster."""
+    deviation = _deviation(planned, inputs, expected)
+    if deviation > _TOLERANCE[program.dtype] or not _explains_alike(program, planned, inputs, default):
+        return None
+    speedup = _speedup(program, planned, inputs)
+    return Plan(program=planned, name=name, speedup=speedup, deviation=deviation) if speedup >= _LEAST_GAIN else None
+
+
+def _fused(
+    program: Program,
+    planned: PlannedProgram,
+    plan: Plan,
+    inputs: Sequence[Tensor],
+    default: Sequence[TapName],
+    expected: Any,
+) -> Plan:
+    """The same with its front fused up to the default layer, where that is faster still."""
+    try:
+        cut = planned.rewritten.fused(default[0]) if default and planned.rewritten.keeps(default[0]) else None
+        if cut is None:
+            return plan
+        fused = PlannedProgram(
+            program, planned.rewritten, is_channels_last=planned.is_channels_last, fused=cut, fused_at=default
+        )
+        tried = _tried(program, fused, f"{plan.name}, fused up to {default[0]}", inputs, default, expected)
+    except FAILURES:
+        return plan
+    if tried is None or _speedup(planned, fused, inputs) < _LEAST_GAIN:
+        return plan
+    return tried
 
 
 def choose_threads(run: Callable[[], object], most: int, device: torch.device) -> int:
@@ -158,10 +193,11 @@ def _difference(one: Any, other: Any) -> float:
     return float((one.double() - other.double()).abs().amax()) / scale
 
 
-def _explains_alike(program: Program, planned: Program, inputs: Sequence[Tensor], tap: TapName | None) -> bool:
+def _explains_alike(program: Program, planned: Program, inputs: Sequence[Tensor], default: Sequence[TapName]) -> bool:
     """Whether activation and gradient at the default layer are those of the program as loaded, as pictures."""
-    if tap is None:
+    if not default:
         return True
+    tap = default[0]
     least = _LEAST_CORRELATION.get(program.dtype, _USUAL_CORRELATION)
     try:
         pairs = zip(_evidence(program, inputs, tap), _evidence(planned, inputs, tap), strict=True)

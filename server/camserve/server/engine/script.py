@@ -11,6 +11,7 @@ whose forward calls no module. They stay the same as long as the file does.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -167,6 +168,15 @@ class ScriptProgram:
             return None
         return ScriptProgram(self._archive, device=self._device, dtype=self._dtype, graph=graph)
 
+    def fused(self, tap: TapName) -> ScriptCut | None:
+        """A cut at one tap whose front cannot be differentiated and is the faster for it; None where there is no such thing.
+
+        Behind the cut nothing is fused, so that gradients reach back to it. Raises as `cut`.
+        """
+        if self._device.type != "cpu" or self._dtype is not torch.float32:
+            return None  # Elsewhere torch fuses for shapes it has seen; other dtypes were not seen to gain.
+        return self._cut_of(self._plain, tap, is_fused=True)
+
     def keeps(self, tap: TapName) -> bool:
         """Whether a rewritten program still has what a tap of the original names."""
         if tap.path.startswith("op.") and not any(call.path.startswith("op.") for call in self._plain.calls):
@@ -216,6 +226,15 @@ class ScriptProgram:
     def cut(self, tap: TapName) -> ScriptCut:
         """Cuts at one tap; each half runs only its own part. Raises as `capture` does, and for a tap inside a branch."""
         form = self._form(BackwardRule.PLAIN, [tap])
+        key = (form is self._plain, form.pick(tap))
+        if key not in self._cuts:
+            self._cuts[key] = self._cut_of(form, tap)
+            if len(self._cuts) > FUNCTIONS_KEPT:
+                self._cuts.popitem(last=False)
+        self._cuts.move_to_end(key)
+        return self._cuts[key]
+
+    def _cut_of(self, form: Form, tap: TapName, *, is_fused: bool = False) -> ScriptCut:
         pick = form.pick(tap)
         if form.places[pick[0]].conditional:
             raise Unsupported(
@@ -224,17 +243,10 @@ class ScriptProgram:
                 "model cannot be cut there, as ablation does; choose a layer outside of the branch, or grad-cam",
                 metadata={"layer": tap},
             )
-        key = (form is self._plain, pick)
-        if key not in self._cuts:
-            self._cuts[key] = ScriptCut(
-                Host(call=self._call, arranged=self._arranged, run=self.run),
-                tap,
-                cut_graphs(form.graph, pick, form.places),
-            )
-            if len(self._cuts) > FUNCTIONS_KEPT:
-                self._cuts.popitem(last=False)
-        self._cuts.move_to_end(key)
-        return self._cuts[key]
+        halves = cut_graphs(form.graph, pick, form.places)
+        if is_fused:
+            halves = dataclasses.replace(halves, front=graphs.fused(halves.front))
+        return ScriptCut(Host(call=self._call, arranged=self._arranged, run=self.run), tap, halves)
 
     def biases(self) -> Mapping[TapName, Tensor]:
         """What each affine layer adds to its output, (c), in order of execution; see `script_biases.py` for what that covers.

@@ -25,6 +25,7 @@ _TRACED_CONVOLUTION = "aten::_convolution"
 _NORMALISATION = "aten::batch_norm"
 # They read a tensor's shape, which folding does not change.
 _SHAPE_READS = frozenset({"aten::dim", "aten::size", "aten::len", "prim::dtype", "prim::device"})
+_COMPARISONS = frozenset({"aten::eq", "aten::ne", "aten::lt", "aten::le", "aten::gt", "aten::ge", "aten::__not__"})
 _WEIGHT, _BIAS = 1, 2
 
 
@@ -42,6 +43,7 @@ def rewritten_graph(marked: Graph, archive: torch.jit.ScriptModule, *, channels_
         changed += _fold(graph, archive, node)
     if channels_last:
         changed += _lay_out(graph, archive)
+    _drop_rank_checks(graph)
     graphs.discard_unused(graph)
     return graph, changed
 
@@ -123,6 +125,28 @@ def _lay_out(graph: Graph, archive: torch.jit.ScriptModule) -> int:
             node.replaceInput(_WEIGHT, _constant(graph, node, laid_out))
             count += 1
     return count
+
+
+def _drop_rank_checks(graph: Graph) -> None:
+    """Removes checks that a tensor has so many axes: the card's input has, and they stand between operators that fuse."""
+    # Those inside a check go with it: all are found before any goes.
+    checks = [
+        node
+        for node in graph.findAllNodes("prim::If")
+        if not node.outputsSize()
+        and _asks_for_rank(node.inputsAt(0))
+        and any(inner.kind() == "prim::RaiseException" for block in node.blocks() for inner in block.nodes())
+    ]
+    for node in checks:
+        node.destroy()
+
+
+def _asks_for_rank(value: Value) -> bool:
+    """Whether a condition is about numbers of axes and constants alone."""
+    node = value.node()
+    if node.kind() in {"prim::Constant", "aten::dim"}:
+        return True
+    return node.kind() in _COMPARISONS and all(_asks_for_rank(given) for given in node.inputs())
 
 
 def _set_constant(graph: Graph, conv: Node, weight: int, bias: int, values: tuple[Tensor, Tensor]) -> None:

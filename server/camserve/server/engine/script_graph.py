@@ -37,6 +37,7 @@ __all__ = [
     "discard_unused",
     "forget",
     "forward_arguments",
+    "fused",
     "insert_constants",
     "integer",
     "interpreted",
@@ -292,6 +293,18 @@ def unmark(mark: Node | None, record: Node) -> None:
         value = mark.output()
         value.replaceAllUsesWith(mark.input())
         mark.destroy()
+
+
+def fused(graph: Graph) -> Graph:
+    """A copy for a CPU whose convolutions are oneDNN's own, with weights laid out for it and the operators behind them fused.
+
+    What is behind `torch.jit.optimize_for_inference`. Such operators have no derivative.
+    """
+    mine = copied(graph)
+    torch._C._jit_pass_fuse_frozen_conv_add_relu(mine)
+    torch._C._jit_pass_convert_frozen_ops_to_mkldnn(mine)
+    torch._C._jit_pass_dce(mine)
+    return mine
 
 
 def is_mark(node: Node) -> bool:

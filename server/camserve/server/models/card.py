@@ -63,7 +63,7 @@ class PlanCard:
     """How the model is run, as chosen at load on this device.
 
     Attributes:
-        form: `folded, channels last`, `folded`, or `as loaded`.
+        form: such as `folded, channels last, fused up to layer4`, or `as loaded`.
         speedup: of a forward over that of the program as loaded.
         deviation: largest difference of an output from the program as loaded, relative to the largest output.
         threads: of a kernel on a CPU; 0 for torch's own number.

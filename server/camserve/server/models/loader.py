@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from camserve.server.engine.batches import make_batch
+from camserve.server.engine.compiled import CompiledPlan
 from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
 from camserve.server.engine.layout import LayoutKind
@@ -30,11 +31,12 @@ from camserve.server.models.card import ExtraInput, LayerCard, ModelCard, PlanCa
 from camserve.server.models.config import ExtraConfig, read_phrases
 from camserve.server.models.method_cards import method_cards
 from camserve.server.models.presets import with_published_preset
+from camserve.server.models.recipe import InputRecipe
 from camserve.server.models.repository import ServedModel
 from camserve.server.models.sources import ModelSource
 from camserve.server.models.warm_up import planned, usual_spec, warm_up
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "load_program"]
 
 # Noise only shows shapes and dependencies; a fixed seed keeps load-time facts the same from start to start.
 _PROBE_SEED = 0
@@ -71,7 +73,7 @@ def load_model(
     started = time.perf_counter()
     config = with_published_preset(source.config)
     source = dataclasses.replace(source, config=config)
-    program = _program(source, device)
+    program = load_program(source, device)
     recipe = config.recipe()
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     noise = torch.randn((_PROBE_ROWS, *recipe.shape), generator=generator).to(program.device, program.dtype)
@@ -98,7 +100,11 @@ def load_model(
     )
     inputs = (noise, *extras)
     default_layer = config.default_layer or report.default_layer
-    pass_model, plan = planned(pass_model, inputs, default_layer, most_threads=most_threads)
+    why_ordinary = ""
+    if config.plan.compile:
+        compiled, why_ordinary = _compiled(pass_model, default_layer, report, recipe, len(inputs))
+        pass_model = dataclasses.replace(pass_model, compiled=compiled)
+    pass_model, plan = planned(pass_model, inputs, _spellings(default_layer, report), most_threads=most_threads)
     methods = method_cards(pass_model, [make_batch(value, report.static_batch or 1) for value in inputs], report)
     warmed = warm_up(
         pass_model, inputs, usual_spec(pass_model, default_layer, methods), report.stages, slice_seconds=slice_seconds
@@ -111,6 +117,8 @@ def load_model(
         notes.append(f"takes inputs of other sizes too; those of maps are told for {recipe.shape}")
     if factory is not None and factory.random_seed is not None:
         notes.append(f"random weights, seed {factory.random_seed}: its answers mean nothing")
+    if why_ordinary:
+        notes.append(f"not compiled: {why_ordinary}")
     card = ModelCard(
         name=source.name,
         version=source.version,
@@ -148,7 +156,26 @@ def load_model(
     return ServedModel(card=card, pass_model=pass_model, costs=warmed.costs)
 
 
-def _program(source: ModelSource, device: torch.device) -> Program:
+def _compiled(
+    model: PassModel, default_layer: str, report: ProbeReport, recipe: InputRecipe, inputs: int
+) -> tuple[CompiledPlan | None, str]:
+    """The plan that `compiling.py` fills with packages later, or why there can be none."""
+    refusal = CompiledPlan.refusal(
+        kind=model.kind, inputs=inputs, is_variable=recipe.is_variable, device=model.program.device.type
+    )
+    if refusal:
+        return None, refusal
+    spellings = next(layer.spellings for layer in report.layers if default_layer in (layer.name, *layer.spellings))
+    return CompiledPlan(layer=default_layer, spellings=spellings, classes=report.classes), ""
+
+
+def load_program(source: ModelSource, device: torch.device) -> Program:
+    """Loads the program alone: no look at it, no card.
+
+    Raises:
+        ValueError: there is nothing to load, or a file of an unknown kind.
+        CamserveError: it cannot be loaded.
+    """
     config = source.config
     dtype = getattr(torch, config.precision)
     if config.factory is not None:
@@ -173,6 +200,12 @@ def _program(source: ModelSource, device: torch.device) -> Program:
                 f"model file {source.path.name} has the ending {suffix!r}; served are .pt (TorchScript) and .pt2 (torch.export); "
                 "weights alone need [factory] name in model.toml"
             )
+
+
+def _spellings(layer: str, report: ProbeReport) -> Sequence[str]:
+    """Every name of a layer, the given one first."""
+    place = next((found for found in report.layers if layer in found.spellings), None)
+    return [layer, *(name for name in place.spellings if name != layer)] if place else []
 
 
 def _depths(report: ProbeReport) -> dict[str, int]:

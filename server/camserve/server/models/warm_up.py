@@ -49,18 +49,18 @@ class Warmed:
 
 
 def planned(
-    model: PassModel, inputs: Sequence[Tensor], default_layer: str, *, most_threads: int | None
+    model: PassModel, inputs: Sequence[Tensor], default_names: Sequence[str], *, most_threads: int | None
 ) -> tuple[PassModel, Plan]:
     """Chooses the form that serves and the number of threads.
 
     Args:
         model: the program as loaded.
         inputs: samples of each input, rows first.
-        default_layer: at which both forms must explain alike; may be empty.
+        default_names: of the layer at which all forms must explain alike; may be empty.
         most_threads: of one pass on a CPU; None leaves their number as it is.
     """
     batch = _batch(inputs, model.static_rows or min(_TRIAL_ROWS, model.max_rows))
-    plan = choose_plan(model.program, batch, TapName.parse(default_layer) if default_layer else None)
+    plan = choose_plan(model.program, batch, [TapName.parse(name) for name in default_names])
     threads = 0
     if most_threads is not None:
         threads = choose_threads(functools.partial(plan.program.run, *batch), most_threads, model.program.device)

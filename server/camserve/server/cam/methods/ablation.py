@@ -75,7 +75,9 @@ def _ablate(
     if not len(channels):
         yield Step(done=1, total=1, best=functools.partial(torch.zeros_like, widen(activation[0, 0])))
         return
-    score = scene.score
+    # By the tail alone, as the tries are: a drop is the small difference of two scores, and other kernels have other last bits.
+    # Of a copy, since the model may write into what it is given.
+    score = float(scene.tail_scores(activation.clone())[0])
     drops = torch.zeros(0, dtype=torch.float64, device=activation.device)
     # Filled anew for each chunk, since the model may write into what it is given, but allocated once, which takes longer.
     copies = activation.repeat(min(len(channels), scene.tail_chunk_rows), *[1] * (activation.ndim - 1))
