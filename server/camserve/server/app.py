@@ -78,10 +78,13 @@ class App:
         """Opens the ports. Explain answers UNAVAILABLE until `load` has loaded the model it names."""
         settings, metrics = self.settings, self.metrics
         metrics.build.info({"version": version("camserve"), "torch": torch.__version__})
-        self._door = Door(
-            DoorLimits(max_requests=settings.max_requests, max_held_bytes=settings.max_held_bytes), metrics
-        )
         queue = DeviceQueue(settings.planner_limits)
+        limits = DoorLimits(
+            max_requests=settings.max_requests,
+            max_held_bytes=settings.max_held_bytes,
+            max_queued_seconds=settings.max_queued_seconds,
+        )
+        self._door = Door(limits, metrics, queue.forecast)
         metrics.queue_bytes.set_function(lambda: self._door.held_bytes)
         for lane in Lane:
             metrics.watch_queue(
@@ -97,7 +100,7 @@ class App:
             decode_limits=DecodeLimits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_request_bytes),
             metrics=metrics,
         )
-        limits = RequestLimits(max_specs=settings.max_specs, max_maps=settings.max_maps)
+        request_limits = RequestLimits(max_specs=settings.max_specs, max_maps=settings.max_maps)
         server = grpc.aio.server(
             interceptors=[CallInterceptor(metrics, write_seconds=settings.write_seconds)],
             options=[
@@ -111,7 +114,7 @@ class App:
             ],
         )
         explanation_service_pb2_grpc.add_ExplanationServiceServicer_to_server(
-            ExplanationServicer(self.repository, pipeline, limits), server
+            ExplanationServicer(self.repository, pipeline, request_limits), server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.repository), server)
         self._health.add_to(server)

@@ -60,6 +60,7 @@ class Reason(enum.StrEnum):
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     MODEL_FAILED = "MODEL_FAILED"
     INTERNAL = "INTERNAL"
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
 
 
 class CamserveError(Exception):

@@ -25,6 +25,7 @@ from camserve.server.scheduling import (
     Candidate,
     CostModel,
     Decision,
+    Forecast,
     Limits,
     Load,
     Returns,
@@ -32,6 +33,7 @@ from camserve.server.scheduling import (
     WorkKey,
     decide,
 )
+from camserve.server.scheduling.work import PATIENCE_SECONDS
 
 __all__ = ["DeviceQueue", "Entry", "Turn"]
 
@@ -101,6 +103,7 @@ class DeviceQueue:
         self._returns = Returns(limits.window_seconds)
         self._backlog = Backlog()
         self._seeded: set[tuple[object, int]] = set()
+        self._free_at = -math.inf
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -121,6 +124,25 @@ class DeviceQueue:
         """Predicted device time of all that a lane has past the door and not yet run, as far as anything is known of it."""
         with self._lock:
             return self._backlog.seconds((lane,), self._costs)
+
+    def forecast(self, demand: Demand, now: float) -> Forecast:
+        """What a request would find if it were let in now; takes microseconds."""
+        lane, weights = demand.job.lane, self._limits.weights
+        above = _BY_URGENCY[: _BY_URGENCY.index(lane)]
+        with self._lock:
+            self._seed(demand)
+            running = max(0.0, self._free_at - now)
+            higher = self._backlog.seconds(above, self._costs)
+            beside = self._backlog.seconds((lane,), self._costs)
+            own = self._own_seconds(demand, now)
+            ahead = running
+            if math.isfinite(demand.deadline) and beside:
+                due = min(demand.deadline, now + PATIENCE_SECONDS[lane])
+                dues = [place.candidate.due for place in self._places.values() if place.candidate.lane is lane]
+                share = sum(other <= due for other in dues) / len(dues) if dues else 0.0
+                first = share * self._backlog.seconds((lane,), self._costs, beside=demand.key)
+                ahead += first + min(higher, first * sum(weights[other] for other in above) / weights[lane])
+        return Forecast(queued_seconds=running + higher + beside, own_seconds=own, ahead_seconds=ahead)
 
     @contextlib.contextmanager
     def announced(self, demand: Demand) -> Iterator[None]:
@@ -208,6 +230,7 @@ class DeviceQueue:
                 returning=self._returns.expected_since(now),
             )
             self._shares = decision.shares
+            self._free_at = now + decision.predicted_seconds
             places = [self._places[ticket] for ticket in decision.tickets]
             for place in places:
                 self._take(place.candidate.ticket)
@@ -268,6 +291,18 @@ class DeviceQueue:
             amplified_seconds=sum(seconds for seconds in known if seconds is not None),
         )
 
+    def _own_seconds(self, demand: Demand, now: float) -> float:
+        """What the request takes alone, as far as anybody may be refused by it."""
+        costs, own = self._costs, 0.0
+        if costs.is_trusted(demand.key, demand.depth, now):
+            own += costs.line(demand.key, demand.depth).seconds(1)
+        for spec in demand.job.specs:
+            work = demand.works.get(spec.index)
+            # Who takes the best map so far can be served in any time.
+            if work is not None and not spec.parameters.allows_partial and costs.is_whole_trusted(work, now):
+                own += costs.whole_seconds(work) or 0.0
+        return own
+
     def _seed(self, demand: Demand) -> None:
         """What passes took at warm-up is where the estimates of a key begin."""
         place = (demand.key, id(demand.model))
@@ -298,5 +333,6 @@ class DeviceQueue:
         return place.candidate.work is None and place.candidate.lane is lane
 
 
+_BY_URGENCY = tuple(Lane)
 # Keys come from cards: a handful for each model.
 _MOST_SEEDED = 4096

@@ -64,6 +64,11 @@ class Settings(BaseSettings):
         ge=1 << 20,
         description="Most bytes held for requests, by an upper estimate of each one's peak in decoding and encoding.",
     )
+    max_queued_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="Most predicted device time that may wait in a request's lane and those above; more is told to come back.",
+    )
     max_request_bytes: int = Field(64 << 20, ge=1 << 16, description="Largest request message.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, judged by its header before decoding.")
     max_specs: int = Field(32, ge=1, description="Most explanations in one request.")

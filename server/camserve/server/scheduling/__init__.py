@@ -4,6 +4,7 @@
 `Shares`. Nothing here sleeps, locks, knows the time by itself or touches a tensor. docs/scheduling.md tells the rules in words.
 """
 
+from camserve.server.scheduling.admission import Forecast
 from camserve.server.scheduling.backlog import Backlog, Load
 from camserve.server.scheduling.costs import CostModel, Line
 from camserve.server.scheduling.planner import Cut, Decision, Limits, decide
@@ -19,6 +20,7 @@ __all__ = [
     "CostModel",
     "Cut",
     "Decision",
+    "Forecast",
     "Limits",
     "Line",
     "Load",

@@ -60,6 +60,7 @@ _CODES: Mapping[errors.Reason, Any] = MappingProxyType(
         errors.Reason.OUT_OF_MEMORY: code_pb2.RESOURCE_EXHAUSTED,
         errors.Reason.MODEL_FAILED: code_pb2.INTERNAL,
         errors.Reason.INTERNAL: code_pb2.INTERNAL,
+        errors.Reason.DEADLINE_UNREACHABLE: code_pb2.RESOURCE_EXHAUSTED,
     }
 )
 
