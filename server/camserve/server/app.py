@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ from camserve.server.health import SERVICES, Health, MetricsPage
 from camserve.server.interceptors import CallInterceptor
 from camserve.server.jobs import Lane
 from camserve.server.metrics import Metrics
+from camserve.server.models.compiling import compile_plan
 from camserve.server.models.loader import load_model
-from camserve.server.models.repository import Repository
+from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
@@ -72,6 +74,7 @@ class App:
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
         self._is_loading = False
+        self._compiling: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()
 
     async def start(self) -> None:
@@ -133,6 +136,7 @@ class App:
     async def load(self) -> None:
         """Loads every model, one after another, on the device thread; a model that fails leaves the others alone."""
         self._is_loading = True
+        to_compile = []
         for source in self._sources:
             if self._is_draining:
                 return
@@ -169,8 +173,28 @@ class App:
                 threads=card.plan.threads,
                 seconds=round(card.warm_up_seconds, 3),
             )
+            if served.pass_model.compiled is not None:
+                to_compile.append((source, served))
         self._is_loading = False
         await self._health.set_server(is_serving=True)
+        if to_compile and not self._is_draining:
+            self._compiling = asyncio.create_task(self._compile(to_compile), name="camserve-compile")
+
+    async def compiled(self) -> None:
+        """Waits, after `load`, until the plan of every model that asks for it is compiled or given up; requests never do."""
+        if self._compiling is not None:
+            await asyncio.wait({self._compiling})
+
+    async def _compile(self, models: Sequence[tuple[ModelSource, ServedModel]]) -> None:
+        """Compiles beside the serving, one model after another; what came of it is told on the card."""
+        for source, served in models:
+            try:
+                note = await compile_plan(source, served, cache=self.settings.plan_cache, on_device=self._runner.call)
+            except Exception as error:  # noqa: BLE001 - compilers are foreign code; what serves must go on
+                note = f"not compiled: {error}"
+            card = dataclasses.replace(served.card, notes=(*served.card.notes, note))
+            self.repository.set_ready(dataclasses.replace(served, card=card))
+            _log.info("plan compiled", model=card.name, version=card.version, note=note)
 
     async def drain(self) -> bool:
         """Shuts down so that nobody who was let in is lost; a second call does nothing.
@@ -189,6 +213,9 @@ class App:
         await self._health.drain()
         # Time itself is what is waited for: no balancer tells when it has noticed.
         await asyncio.sleep(self.settings.drain_delay_seconds)
+        if self._compiling is not None:
+            self._compiling.cancel()
+            await asyncio.wait({self._compiling})
         self._door.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._door.wait_until_empty(), self.settings.drain_seconds)

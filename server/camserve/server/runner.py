@@ -193,7 +193,7 @@ class Runner:
                         explanations=event.explanations,
                         device=card.device,
                         dtype=card.dtype,
-                        plan="tapped" if any(specs) else "forward",
+                        plan="compiled" if event.is_compiled else "tapped" if any(specs) else "forward",
                         forward_seconds=event.forward_seconds,
                         backward_seconds=event.backward_seconds,
                     )

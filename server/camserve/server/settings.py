@@ -23,6 +23,10 @@ __all__ = ["Settings", "load_settings"]
 _LARGEST_PORT = 65535
 
 
+def _default_plan_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camserve" / "plans"
+
+
 class Settings(BaseSettings):
     """A server's settings."""
 
@@ -32,6 +36,10 @@ class Settings(BaseSettings):
     metrics_listen: str = Field("0.0.0.0:8002", description="Address and port for the metrics page; empty for none.")
     repository: Path | None = Field(
         None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
+    )
+    plan_cache: Path | None = Field(
+        default_factory=_default_plan_cache,
+        description="Folder of compiled plans, run as code: nobody else may write to it. Empty compiles at every start.",
     )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")
     torch_threads: int = Field(
@@ -96,6 +104,11 @@ class Settings(BaseSettings):
         if not host or not (port.isascii() and port.isdigit()) or int(port) > _LARGEST_PORT:
             raise ValueError(f"{value!r} is not an address; write host:port, such as 0.0.0.0:50051 or [::]:50051")
         return value
+
+    @field_validator("plan_cache", mode="before")
+    @classmethod
+    def _no_cache(cls, value: object) -> object:
+        return None if value == "" else value
 
     @field_validator("device")
     @classmethod

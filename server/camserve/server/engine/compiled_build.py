@@ -23,7 +23,7 @@ from camserve.server.engine.program import Program, TapName
 from camserve.server.engine.readouts import select_output
 from camserve.server.jobs import OutputKind
 
-__all__ = ["build_package", "explanation_of", "load_package"]
+__all__ = ["build_package", "check_compiler", "explanation_of", "load_package"]
 
 
 def explanation_of(program: Program, tap: TapName, *, kind: OutputKind, output_path: str) -> Package:
@@ -48,6 +48,20 @@ def explanation_of(program: Program, tap: TapName, *, kind: OutputKind, output_p
     return explain
 
 
+def check_compiler() -> None:
+    """Looks for the C++ compiler that torch would use.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    from torch._inductor import cpp_builder, exc  # noqa: PLC0415 - as above.
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise RuntimeError("there is no C++ compiler; install g++, or name another one in CXX") from error
+
+
 def build_package(explain: Package, batch: Tensor, path: Path) -> None:
     """Writes the package; blocks for as long as compiling takes.
 
@@ -59,7 +73,7 @@ def build_package(explain: Package, batch: Tensor, path: Path) -> None:
     Raises:
         RuntimeError: the program depends on its input's values, or there is no C++ compiler, or it failed.
     """
-    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - takes a second; who serves never needs it.
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - takes a second, and who serves needs none of it.
 
     classes = torch.full((len(batch),), PREDICTED)
     explain(batch, classes)  # The first forward of some programs also looks at them.

@@ -78,12 +78,14 @@ class Closed:
         backward_seconds: of all gradients, and of further forwards under other rules.
         map_seconds: of making the maps.
         explanations: specs that shared the pass, over the rows that were wanted at its start.
+        is_compiled: whether it ran on the compiled plan; the gradient's time is then in the forward's.
     """
 
     forward_seconds: float
     backward_seconds: float
     map_seconds: float
     explanations: int
+    is_compiled: bool = False
 
 
 IsWanted: TypeAlias = Callable[[int], bool]
@@ -156,6 +158,7 @@ def run_pass(
         backward_seconds=sum(lap.seconds for lap in work.laps),
         map_seconds=mapper.seconds,
         explanations=sum(len(rows[row]) for row in wanted),
+        is_compiled=compiled is not None,
     )
 
 

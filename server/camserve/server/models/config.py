@@ -24,6 +24,7 @@ __all__ = [
     "InputConfig",
     "ModelConfig",
     "OutputConfig",
+    "PlanConfig",
     "read_config",
     "read_labels",
     "read_phrases",
@@ -94,6 +95,22 @@ class FactoryConfig(BaseModel):
     random_seed: int | None = Field(None, description="Random weights, for benchmarks; marked on the card.")
 
 
+class PlanConfig(BaseModel):
+    """How the model is run, beyond what is chosen at load."""
+
+    model_config = _STRICT
+
+    compile: bool = Field(
+        default=False,
+        description="Whether explanations at the default layer are compiled in the background; needs a C++ compiler.",
+    )
+    batch_sizes: tuple[PositiveInt, ...] = Field(
+        (),
+        description="Rows of the compiled graphs; default: powers of two, and the most rows of a pass. "
+        "Each takes a minute and the memory of the weights.",
+    )
+
+
 class ModelConfig(BaseModel):
     """`model.toml`."""
 
@@ -106,6 +123,7 @@ class ModelConfig(BaseModel):
     factory: FactoryConfig | None = None
     default_layer: str = Field("", description="Explained when a spec names no layer; empty lets the probe choose.")
     max_batch: int | None = Field(None, ge=1, description="Most rows in one pass; default: the server's.")
+    plan: PlanConfig = PlanConfig()
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")
