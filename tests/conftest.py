@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,26 @@ from support.servers import settings
 from camserve.client import Client
 from camserve.server.background import BackgroundServer
 from camserve.server.models.sources import ModelSource, demo_sources
+
+_NO_COMPILER = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what needs a C++ compiler on machines without one."""
+    if shutil.which(os.environ.get("CXX", "g++")) is not None:
+        return
+    left_out = [item for item in items if item.get_closest_marker("needs_compiler") is not None]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_NO_COMPILER] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says what was left out, and what would bring it back."""
+    if count := config.stash.get(_NO_COMPILER, 0):
+        terminalreporter.write_line(f"{count} tests were left out: there is no C++ compiler; install g++ or set CXX")
+
 
 SAMPLES = Path(__file__).parents[1] / "server" / "camserve" / "server" / "demo" / "samples"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from camserve.server.engine.compiled import PREDICTED, Package
@@ -54,7 +55,7 @@ def check_compiler() -> None:
     Raises:
         RuntimeError: there is none.
     """
-    from torch._inductor import cpp_builder, exc  # noqa: PLC0415 - as above.
+    from torch._inductor import cpp_builder, exc  # noqa: PLC0415 - who serves needs none of it.
 
     try:
         cpp_builder.get_cpp_compiler()
@@ -73,8 +74,6 @@ def build_package(explain: Package, batch: Tensor, path: Path) -> None:
     Raises:
         RuntimeError: the program depends on its input's values, or there is no C++ compiler, or it failed.
     """
-    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - takes a second, and who serves needs none of it.
-
     classes = torch.full((len(batch),), PREDICTED)
     explain(batch, classes)  # The first forward of some programs also looks at them.
     graph = make_fx(explain)(batch, classes)
@@ -98,8 +97,6 @@ def load_package(path: Path) -> Package:
     Raises:
         RuntimeError: it is no such file, or of another version of torch.
     """
-    from torch._inductor import aoti_load_package  # noqa: PLC0415 - takes a second, which only those pay who compile.
-
     loaded = aoti_load_package(str(path))
 
     def run(batch: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
