@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from support.gated import GATE, gated_source
 from support.servers import Metrics, settings, until
 
-from camserve.client import AsyncClient, Client, DeadlineExceeded, Heatmap, Prediction, Spec, Summary, TensorInput, TopK
+from camserve.client import (
+    AsyncClient,
+    CamserveError,
+    Client,
+    DeadlineExceeded,
+    Heatmap,
+    Prediction,
+    Spec,
+    Summary,
+    TensorInput,
+    TopK,
+)
 from camserve.server.background import BackgroundServer
 
 ROW = TensorInput(np.ones((3, 32, 32), np.float32))
@@ -100,3 +112,19 @@ def test_cancelled_while_on_the_device_stops_before_the_next_gradient(gated_serv
         client.explain(ROW, model="gated")  # Runs after the abandoned pass: the device thread is free again.
 
     assert 1 == gate.rows_backward
+
+
+def test_a_deadline_anywhere_ends_with_a_status(demo_server, samples):
+    """However close to a message its deadline comes, every request gets the server's own status, with its reason."""
+
+    def ended(place: int) -> str:
+        try:
+            list(client.stream(samples[0], model="surface", specs=["grad-cam"], deadline=(5 + place % 60) / 1000))
+        except CamserveError as error:
+            return error.reason or f"no reason: {error}"
+        return "OK"
+
+    with Client(demo_server.target, retries=0, timeout=30) as client, ThreadPoolExecutor(4) as pool:
+        ends = set(pool.map(ended, range(240)))
+
+    assert ends <= {"OK", "DEADLINE_EXCEEDED", "DEADLINE_UNREACHABLE"}

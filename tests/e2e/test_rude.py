@@ -51,7 +51,7 @@ def test_model_that_fails_to_load_leaves_the_others(tmp_path, name):
 
 
 def test_reader_that_stops_reading_loses_its_place(serve, tmp_path):
-    """A caller that reads one message and no more is cut off at its own deadline, and its place is free again."""
+    """A caller that reads one message and no more is cut off soon after its own deadline, and its place is free again."""
     server = serve(script_source("tiny", TinyNet(), tmp_path), max_requests=1)
     metrics = Metrics(server)
     image = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)

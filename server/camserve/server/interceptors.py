@@ -30,6 +30,8 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
 # gRPC limits trailers to 8 KiB by default; long names and lists must not turn a refusal into an INTERNAL.
 _TRAILER_BYTES = 7000
+# By then a write to somebody who reads is long over.
+_GRACE_SECONDS = 1.0
 _LONGEST_TEXTS = (1500, 600, 200, 60)
 
 
@@ -75,14 +77,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     async def _write_all(self, messages: AsyncIterator[Any], record: AccessRecord, context: Any) -> None:
         """Sends what comes; written rather than yielded, so that who stops reading cannot hold a place for ever.
 
+        The call's deadline ends a write only after a grace: a status behind a write that was cancelled never reaches the caller,
+        and to one who reads a write takes no time. The next step then finds the deadline passed, and says so.
+
         Raises:
-            DeadlineExceeded: flow control kept a message back beyond the call's deadline, or longer than any reader may take.
+            DeadlineExceeded: flow control kept a message back well beyond the call's deadline, or longer than a reader may take.
         """
         try:
             # One timer, set for each message: a timeout of its own for each costs several times as much.
             async with asyncio.timeout(None) as patience:
                 async for message in messages:
-                    patience.reschedule(min(record.deadline, time.monotonic() + self._write_seconds))
+                    patience.reschedule(min(record.deadline + _GRACE_SECONDS, time.monotonic() + self._write_seconds))
                     await context.write(message)
                     patience.reschedule(None)
         except TimeoutError as error:
