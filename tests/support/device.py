@@ -144,16 +144,17 @@ class Simulation:
             self._put(self._candidate(self._tickets, request), request, request.chunks)
         for ticket in [ticket for ticket, (entry, _, _) in self._waiting.items() if entry.deadline <= now]:
             self.expired.append(self._waiting.pop(ticket)[0])
+        arriving = collections.Counter(
+            (request.key.model, request.key.version) for request in self._to_come if request.announced_at <= now
+        )
         return decide(
             [entry for entry, _, _ in self._waiting.values()],
             shares=self.shares,
             costs=self.costs,
             limits=self.limits,
             now=now,
-            arriving=collections.Counter(
-                (request.key.model, request.key.version) for request in self._to_come if request.announced_at <= now
-            ),
-            returning=self._returns.expected_since(now),
+            arriving=arriving,
+            returning=self._returns.expected_since(now, arriving),
         )
 
     def _wait(self, decided: Decision) -> None:

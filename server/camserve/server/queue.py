@@ -227,7 +227,7 @@ class DeviceQueue:
                 limits=self._limits,
                 now=now,
                 arriving=self._arriving,
-                returning=self._returns.expected_since(now),
+                returning=self._returns.expected_since(now, self._arriving),
             )
             self._shares = decision.shares
             self._free_at = now + decision.predicted_seconds

@@ -54,3 +54,14 @@ def test_models_are_apart() -> None:
     returns.came(("b", "1"), 1.001)
 
     assert {MODEL: 1.0} == returns.expected_since(1.002)
+
+
+def test_who_is_being_decoded_is_expected_as_well() -> None:
+    """A caller that came back behind the last pass, and is not yet decoded, is waited for within the same window."""
+    returns = Returns(0.005)
+    returns.ended(MODEL, 1, 1.0)
+    returns.came(MODEL, 1.001)
+
+    assert {} == returns.expected_since(1.002)
+    assert {MODEL: 1.0} == returns.expected_since(1.002, {MODEL: 1})
+    assert {} == returns.expected_since(1.006, {MODEL: 1})

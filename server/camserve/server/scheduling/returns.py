@@ -8,6 +8,8 @@ others wait a whole pass behind it, for ever after: eight callers ride as one an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 __all__ = ["Returns"]
@@ -70,10 +72,11 @@ class Returns:
         if last is not None and now <= last.ended_at + self._window_seconds:
             last.came += 1
 
-    def expected_since(self, now: float) -> dict[Model, float]:
-        """By model of which more are likely to come back within the window: when its last pass ended."""
+    def expected_since(self, now: float, arriving: Mapping[Model, int] = MappingProxyType({})) -> dict[Model, float]:
+        """When the last pass ended, by model of which more are likely within the window behind it, or are being decoded."""
         return {
             model: last.ended_at
             for model, last in self._last.items()
-            if now < last.ended_at + self._window_seconds and last.rows * last.share - last.came >= _FEWEST
+            if now < last.ended_at + self._window_seconds
+            and (last.rows * last.share - last.came >= _FEWEST or arriving.get(model))
         }
