@@ -136,3 +136,10 @@ def test_zero_decoders_means_one_for_each_core():
 def test_every_setting_says_why_someone_would_change_it(name):
     """A setting without a description is not finished."""
     assert Settings.model_fields[name].description
+
+
+def test_an_empty_plan_cache_is_none(monkeypatch):
+    """Compiled plans are then not kept, rather than kept in the working directory."""
+    monkeypatch.setenv("CAMSERVE_PLAN_CACHE", "")
+    assert load_settings().plan_cache is None
+    assert Path("/var/cache/plans") == load_settings(plan_cache=Path("/var/cache/plans")).plan_cache

@@ -42,6 +42,12 @@ Every setting can also be given as CAMSERVE_<NAME> or in the file named by --con
 @click.option(
     "--random-weights", "random_seed", type=int, metavar="SEED", help="Random weights for factories, for benchmarks."
 )
+@click.option(
+    "--compile",
+    "is_compiled",
+    is_flag=True,
+    help="Compile explanations of --model in the background; needs a C++ compiler.",
+)
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of settings.")
 @click.option("--listen", help="Address for gRPC.  [default: 0.0.0.0:50051]")
 @click.option("--metrics-listen", help="Address for the metrics page; empty for none.  [default: 0.0.0.0:8002]")
@@ -57,6 +63,7 @@ def serve(
     size: int | None,
     labels: Path | None,
     random_seed: int | None,
+    is_compiled: bool,  # noqa: FBT001 - click passes flags by name.
     config: Path | None,
     **flags: Any,
 ) -> None:
@@ -68,7 +75,10 @@ def serve(
 
     try:
         settings = load_settings(config, **flags)
-        sources = [from_flag(text, size=size, labels=labels, random_seed=random_seed) for text in models]
+        sources = [
+            from_flag(text, size=size, labels=labels, random_seed=random_seed, is_compiled=is_compiled)
+            for text in models
+        ]
         if settings.repository is not None:
             sources += scan_repository(settings.repository)
         from camserve.server.app import App  # noqa: PLC0415

@@ -23,10 +23,6 @@ __all__ = ["Settings", "load_settings"]
 _LARGEST_PORT = 65535
 
 
-def _default_plan_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "camserve" / "plans"
-
-
 class Settings(BaseSettings):
     """A server's settings."""
 
@@ -38,7 +34,7 @@ class Settings(BaseSettings):
         None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
     )
     plan_cache: Path | None = Field(
-        default_factory=_default_plan_cache,
+        Path("~/.cache/camserve/plans"),
         description="Folder of compiled plans, run as code: nobody else may write to it. Empty compiles at every start.",
     )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")

@@ -104,6 +104,8 @@ def test_size_and_labels_go_to_the_card(tmp_path):
 
     assert ("good", "bad") == source.config.labels
     assert (3, 96, 96) == source.config.recipe().shape
+    assert not source.config.plan.compile
+    assert from_flag(f"{tmp_path}/part.pt", is_compiled=True).config.plan.compile
 
 
 def test_a_factory_is_pretrained_unless_random_weights_are_asked_for():

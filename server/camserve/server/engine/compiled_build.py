@@ -20,11 +20,12 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from camserve.server.engine.compiled import PREDICTED, Package
+from camserve.server.engine.look import message_of
 from camserve.server.engine.program import Program, TapName
 from camserve.server.engine.readouts import select_output
 from camserve.server.jobs import OutputKind
 
-__all__ = ["build_package", "check_compiler", "explanation_of", "load_package"]
+__all__ = ["build_package", "check_compiler", "explanation_of", "load_package", "traced"]
 
 
 def explanation_of(program: Program, tap: TapName, *, kind: OutputKind, output_path: str) -> Package:
@@ -75,10 +76,7 @@ def build_package(explain: Package, batch: Tensor, path: Path) -> None:
         RuntimeError: the program depends on its input's values, or there is no C++ compiler, or it failed.
     """
     classes = torch.full((len(batch),), PREDICTED)
-    explain(batch, classes)  # The first forward of some programs also looks at them.
-    graph = make_fx(explain)(batch, classes)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
+    graph = traced(explain, batch, classes)
     with torch.no_grad():
         exported = torch.export.export(graph, (batch, classes))
         unfinished = path.with_name(f"{path.stem}.{os.getpid()}.pt2")
@@ -89,6 +87,24 @@ def build_package(explain: Package, batch: Tensor, path: Path) -> None:
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def traced(explain: Package, batch: Tensor, classes: Tensor) -> torch.fx.GraphModule:
+    """The operators that are run for a batch, as a graph that takes any other batch of its shape.
+
+    Raises:
+        RuntimeError: they cannot be had, as where the values of the batch decide which are run.
+    """
+    explain(batch, classes)  # The first forward of some programs also looks at them.
+    try:
+        graph = make_fx(explain)(batch, classes)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"its operators could not be traced, as where a branch depends on values of the input ({message_of(error)})"
+        ) from error
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 def load_package(path: Path) -> Package:

@@ -138,6 +138,7 @@ def _folder(cache: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="camserve-plans-") as name:
             yield Path(name)
         return
+    cache = cache.expanduser()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = cache.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, read_config, read_labels
+from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, PlanConfig, read_config, read_labels
 
 __all__ = ["ModelSource", "demo_sources", "from_flag", "scan_model", "scan_repository", "version_order"]
 
@@ -88,7 +88,12 @@ def version_order(version: str) -> tuple[int, str]:
 
 
 def from_flag(
-    text: str, *, size: int | None = None, labels: Path | None = None, random_seed: int | None = None
+    text: str,
+    *,
+    size: int | None = None,
+    labels: Path | None = None,
+    random_seed: int | None = None,
+    is_compiled: bool = False,
 ) -> ModelSource:
     """Reads `--model`: `part.pt`, `name=part.pt`, `torchvision:resnet50` or `name=torchvision:resnet50`.
 
@@ -97,6 +102,7 @@ def from_flag(
         size: height and width of the input, pixels; default 224.
         labels: text file, one label a line.
         random_seed: for factories: random weights instead of pretrained ones.
+        is_compiled: whether explanations at the default layer are to be compiled.
 
     Raises:
         ValueError: not a name, no such file, or labels that cannot be read.
@@ -107,6 +113,7 @@ def from_flag(
     config = ModelConfig(
         input=InputConfig() if size is None else InputConfig(size=(size, size)),
         labels=() if labels is None else read_labels(labels),
+        plan=PlanConfig(compile=is_compiled),
     )
     if target.startswith(_FACTORY_PREFIXES):
         factory = FactoryConfig(name=target, pretrained=random_seed is None, random_seed=random_seed)
