@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Final
 
 from camserve.server.cam.methods.activation_only import ACTIVATION_ONLY
 from camserve.server.cam.methods.attention import ATTENTION
@@ -84,12 +85,11 @@ def find_method(text: str) -> Method:
     Raises:
         Unsupported: there is none of that name; the message tells the nearest and all that exist.
     """
-    known = {_squeeze(slug): method for slug, method in METHODS.items()}
     wanted = _squeeze(text)
-    if wanted in known:
-        return known[wanted]
-    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {known[near[0]].slug!r}?" if near else ""
+    if wanted in _SQUEEZED:
+        return _SQUEEZED[wanted]
+    near = difflib.get_close_matches(wanted, _SQUEEZED, n=1, cutoff=0.6)
+    hint = f"; did you mean {_SQUEEZED[near[0]].slug!r}?" if near else ""
     raise Unsupported(
         Reason.METHOD_NOT_IMPLEMENTED,
         f"method {text!r} is not known{hint}; known methods: {', '.join(METHODS)}",
@@ -98,4 +98,8 @@ def find_method(text: str) -> Method:
 
 
 def _squeeze(text: str) -> str:
-    return text.casefold().translate({ord(mark): None for mark in "-_ "})
+    return text.casefold().translate(_MARKS)
+
+
+_MARKS: Final = str.maketrans("", "", "-_ ")
+_SQUEEZED: Final = {_squeeze(slug): method for slug, method in METHODS.items()}

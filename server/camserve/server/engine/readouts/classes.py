@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -62,43 +63,55 @@ class ClassReadout:
 
     def readings(self) -> Sequence[Reading]:
         """Logits and probabilities of each row; of regression the values alone."""
-        probabilities = self._probabilities().float()
+        probabilities = self._probabilities().astype(np.float32)
         if self._kind is OutputKind.REGRESSION:
             probabilities = probabilities[:, :0]
-        pairs = zip(self._host.float().numpy(), probabilities.numpy(), strict=True)
+        pairs = zip(self._host.astype(np.float32), probabilities, strict=True)
         return [Reading(kind=self._kind, scores=scores, probabilities=shares) for scores, shares in pairs]
 
     def aims(self, row: int, target: Target, contrast: Contrast | None = None) -> tuple[Aim, ...]:
         """One aim for each class, best first; see `Readout.aims`."""
-        if not self._host[row].isfinite().all():
+        if not self._is_finite[row]:
             raise not_finite("logits")
         if self._kind is OutputKind.REGRESSION and target.score is not Score.LOGIT:
             raise no_score(self._kind, target.score, (Score.LOGIT,))
+        by_probability = contrast is not None and contrast.by_probability
         all_terms = self._terms(row, target, contrast)
         return tuple(
-            self._aim(
-                row,
-                target,
-                terms,
-                rank,
-                len(all_terms),
-                by_probability=contrast is not None and contrast.by_probability,
+            Aim(
+                target=ResolvedTarget(
+                    class_index=terms[0][0],
+                    score=target.score,
+                    value=self._value(row, target.score, terms, by_probability=by_probability),
+                    rank=rank,
+                    count=len(all_terms),
+                    polarity=target.polarity,
+                    other_class_index=terms[1][0] if len(terms) > 1 else None,
+                ),
+                key=(terms, by_probability, target.score, target.polarity),
+                weights=terms,
+                by_probability=by_probability,
             )
             for rank, terms in enumerate(all_terms)
         )
 
     def scores(self, aims: Sequence[Aim | None]) -> Float[Tensor, "b"]:
         """See `Readout.scores`."""
-        return weigh(self._logits, aims, has_sigmoid=self._kind is OutputKind.MULTI_LABEL)
+        return self._weighed(self._logits, aims)
 
     def detach(self) -> None:
         """Frees the graph; readings stay."""
         self._logits = self._logits.detach()
 
     @functools.cached_property
-    def _host(self) -> Float[Tensor, "b classes"]:
+    def _host(self) -> npt.NDArray[np.float64]:
         """One copy for readings and targets, which scores alone do not need; double, to tell a probability near 1 exactly."""
-        return self._logits.detach().to("cpu", torch.float64)
+        return self._logits.detach().to("cpu", torch.float64).numpy()
+
+    @functools.cached_property
+    def _is_finite(self) -> npt.NDArray[np.bool_]:
+        """(b): of each row, whether there is something to rank."""
+        return np.isfinite(self._host).all(axis=1)
 
     def _terms(self, row: int, target: Target, contrast: Contrast | None) -> list[Terms]:
         if isinstance(target.about, Difference):
@@ -110,26 +123,25 @@ class ClassReadout:
             return [((index, 1.0),) for index in chosen]
         if self._kind is OutputKind.REGRESSION or self._host.shape[1] < 2:
             raise no_contrast(self._kind, "this model's output has no other classes")
-        return [contrasted(self._host[row].numpy(), index, contrast) for index in chosen]
+        return [contrasted(self._host[row], index, contrast) for index in chosen]
 
     def _classes(self, row: int, target: Target) -> list[int]:
         count = self._host.shape[1]
-        ranking = [int(index) for index in self._host[row].argsort(descending=True, stable=True)]
         match target.about:
             case Predicted():
-                return ranking[:1]
+                return [int(self._host[row].argmax())]
             case ClassIndex(index):
                 check_class(index, count)
                 return [index]
             case KthClass(k):
                 check_count(k, count)
-                return [ranking[k - 1]]
+                return [self._ranking(row)[k - 1]]
             case TopClasses(k):
                 check_count(k, count)
-                return ranking[:k]
+                return self._ranking(row)[:k]
             case ClassesAbove(threshold) if self._kind is not OutputKind.REGRESSION:
                 probabilities = self._probabilities()[row]
-                above = [index for index in ranking if float(probabilities[index]) > threshold]
+                above = [index for index in self._ranking(row) if probabilities[index] > threshold]
                 if not above:
                     raise none_above("class", threshold, float(probabilities.max()))
                 return above
@@ -137,23 +149,27 @@ class ClassReadout:
                 offered = [name for name in _OFFERED if name != "above" or self._kind is not OutputKind.REGRESSION]
                 raise no_target(self._kind, about, offered)
 
-    def _aim(self, row: int, target: Target, terms: Terms, rank: int, count: int, *, by_probability: bool) -> Aim:
-        told = ResolvedTarget(
-            class_index=terms[0][0],
-            score=target.score,
-            value=0.0,
-            rank=rank,
-            count=count,
-            other_class_index=terms[1][0] if len(terms) > 1 else None,
-        )
-        key = (terms, by_probability, target.score, target.polarity)
-        aim = Aim(target=told, key=key, weights=terms, by_probability=by_probability)
-        # Before polarity, and from the host's copy: no device waits for it.
-        value = float(weigh(self._host[row : row + 1], [aim], has_sigmoid=self._kind is OutputKind.MULTI_LABEL)[0])
-        return dataclasses.replace(aim, target=dataclasses.replace(told, value=value, polarity=target.polarity))
+    def _ranking(self, row: int) -> list[int]:
+        """All classes, best first; ties by lower index."""
+        ranking: list[int] = np.argsort(-self._host[row], kind="stable").tolist()
+        return ranking
 
-    def _probabilities(self) -> Float[Tensor, "b classes"]:
-        return self._host.sigmoid() if self._kind is OutputKind.MULTI_LABEL else self._host.softmax(dim=1)
+    def _value(self, row: int, score: Score, terms: Terms, *, by_probability: bool) -> float:
+        """The score before polarity, from the host's copy: no device waits for it."""
+        if score is Score.LOGIT and len(terms) == 1:
+            return float(self._host[row, terms[0][0]])
+        told = ResolvedTarget(class_index=None, score=score, value=0.0)
+        aim = Aim(target=told, key=None, weights=terms, by_probability=by_probability)
+        return float(self._weighed(torch.from_numpy(self._host[row : row + 1]), [aim])[0])
+
+    def _weighed(self, logits: Float[Tensor, "b classes"], aims: Sequence[Aim | None]) -> Float[Tensor, "b"]:
+        return weigh(logits, aims, has_sigmoid=self._kind is OutputKind.MULTI_LABEL)
+
+    def _probabilities(self) -> npt.NDArray[np.float64]:
+        """(b classes)."""
+        logits = torch.from_numpy(self._host)
+        shares = logits.sigmoid() if self._kind is OutputKind.MULTI_LABEL else logits.softmax(dim=1)
+        return shares.numpy()
 
 
 def difference_terms(about: Difference, classes: int) -> Terms:
