@@ -147,7 +147,7 @@ class App:
                 max_batch_rows=self.settings.max_batch_rows,
                 max_maps=self.settings.max_maps,
                 slice_seconds=self.settings.slice_seconds,
-                most_threads=self.settings.torch_threads or torch.get_num_threads(),
+                most_threads=self.settings.torch_threads,
             )
             try:
                 served = await self._runner.call(load)

@@ -63,8 +63,13 @@ class LocalExplainer:
         )
         with _in_client_terms():
             device = resolve_device(self._settings.device)
+            # Paced as a server would, although nobody else waits: other chunks would give an amplified map other last bits.
             self._model: ServedModel | None = load_model(
-                source, device=device, max_batch_rows=self._settings.max_batch_rows
+                source,
+                device=device,
+                max_batch_rows=self._settings.max_batch_rows,
+                slice_seconds=self._settings.slice_seconds,
+                most_threads=self._settings.torch_threads,
             )
         self.card: ModelCard = card_from_proto(card_message(self._model.card))
 

@@ -64,7 +64,7 @@ def load_model(
         max_batch_rows: the server's limit; the card and the probe may lower it.
         max_maps: the server's limit, for targets whose number of maps only the outputs tell.
         slice_seconds: longest chunk of amplified work, unless one row takes longer; None lets chunks be as large as passes.
-        most_threads: of one pass on a CPU; None leaves their number as it is.
+        most_threads: of one pass on a CPU; 0 for all there are, None leaves their number as it is.
 
     Raises:
         ValueError: the file, the card and the model do not fit together; the text says how.

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from camserve.server.cam.methods import METHODS, Layerwise
@@ -57,13 +58,14 @@ def planned(
         model: the program as loaded.
         inputs: samples of each input, rows first.
         default_names: of the layer at which all forms must explain alike; may be empty.
-        most_threads: of one pass on a CPU; None leaves their number as it is.
+        most_threads: of one pass on a CPU; 0 for all there are, None leaves their number as it is.
     """
     batch = _batch(inputs, model.static_rows or min(_TRIAL_ROWS, model.max_rows))
     plan = choose_plan(model.program, batch, [TapName.parse(name) for name in default_names])
     threads = 0
     if most_threads is not None:
-        threads = choose_threads(functools.partial(plan.program.run, *batch), most_threads, model.program.device)
+        most = most_threads or torch.get_num_threads()
+        threads = choose_threads(functools.partial(plan.program.run, *batch), most, model.program.device)
     return dataclasses.replace(model, program=plan.program, pace=Pace(threads=threads)), plan
 
 
@@ -125,8 +127,10 @@ def _timed(model: PassModel, inputs: Sequence[Tensor], rows: int, spec: Spec | N
 def _paced(
     model: PassModel, inputs: Sequence[Tensor], costs: Sequence[CostSample], stages: Sequence[str], slice_seconds: float
 ) -> Pace:
-    """Chunks that fill the slice, or one row where that takes longer."""
+    """Chunks that fill the slice, or one row where that takes longer; where a full pass fits, chunks are as large as passes."""
     forwards = {cost.rows: cost.seconds for cost in costs if cost.depth == 0}
+    if max(forwards.values()) <= slice_seconds:
+        return model.pace
     chunk_rows = _rows_within(slice_seconds, forwards, model.max_rows)
     of_stage = {layer: _tail_rows(model, inputs, layer, slice_seconds) for layer in stages}
     tail_rows = {}
