@@ -161,8 +161,8 @@ def test_other_rules_and_questions_go_to_the_program_as_loaded(program):
     assert rewritten.biases().keys() == program.biases().keys()
 
 
-def test_a_short_forward_is_left_as_it_is(program):
-    """Where launching operators is most of the work no form is tried, so that the choice cannot follow noise."""
+def test_a_small_program_is_left_as_it_is(program):
+    """Where launching operators is most of the work no form is tried."""
     plan = choose_plan(program, [images(1, size=8)], [TapName.parse("block2")])
 
     assert (plan.name, plan.program) == ("as loaded", program)
@@ -175,7 +175,7 @@ class Moody(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 64, 3, padding=1)
         self.bn = nn.BatchNorm2d(64)
-        self.more = nn.Conv2d(64, 64, 3, padding=1)
+        self.more = nn.Conv2d(64, 1024, 3, padding=1)
         self.forwards = 0
 
     def forward(self, value: Tensor) -> Tensor:  # noqa: D102 - a model's forward

@@ -1,15 +1,16 @@
-"""Chooses, right after loading, how a program is run: in which form, on how many threads, in chunks of which size.
+"""Chooses, right after loading, how a program is run: in which form, and on how many threads.
 
-The loader calls `choose_plan` once the probe knows the layers. A rewritten form serves if it passed its trial against the program
-as loaded (same outputs, same map at the default layer, to rounding) and is faster; else nothing changes. All of it is
-measured on this device with as many rows as a full pass has, because that is what differs from machine to machine; the choice is
-made once and told on the card, so that every pass of one process computes alike.
+The loader calls `choose_plan` once the probe knows the layers. A rewritten form serves if it passes its trial against the program
+as loaded: same outputs, same activation and gradient at the default layer, to rounding, and not slower. Forms differ in their
+last bits; so the choice follows from the program and the kind of device, and the clock can only speak against it. It is told on
+the card.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
@@ -25,11 +26,12 @@ from camserve.server.engine.stopwatch import Lap
 
 __all__ = ["Plan", "choose_plan", "choose_threads"]
 
-# A forward shorter than this is mostly the launching of operators: what a rewrite gains there is lost in noise, and with it the
-# same choice at the next start.
-_WORTHWHILE_SECONDS: Final = 0.020
-# A rewrite must gain this much, or the choice would follow the noise.
-_LEAST_GAIN: Final = 1.05
+# Weights of convolutions times cells of the input, by 1024 as most layers see them: below this a forward is mostly the launching
+# of operators, and not worth a second copy of the weights. By size and not by the clock, so that the next start chooses alike.
+_WORTHWHILE_WORK: Final = 2e7
+_CELLS: Final = 1024
+# A form is refused if it is clearly slower; that it be clearly faster is not asked, or the choice would follow the noise.
+_LEAST_SPEEDUP: Final = 0.9
 # Fewer threads must gain more: at load the other cores may be busy with something that will be over when requests come.
 _LEAST_THREAD_GAIN: Final = 1.2
 # Work shorter than this on one thread waits longer for other threads than they save it.
@@ -73,10 +75,9 @@ def choose_plan(program: Program, inputs: Sequence[Tensor], default: Sequence[Ta
         default: names of the default layer, whose activation and gradient are compared too; none where there is none.
     """
     as_loaded = Plan(program=program)
-    with Lap(program.device) as lap:
-        expected = program.run(*inputs)
-    if lap.seconds < _WORTHWHILE_SECONDS:
+    if _work(program, inputs[0]) < _WORTHWHILE_WORK:
         return as_loaded
+    expected = program.run(*inputs)
     # Of either layout only one is tried: channels last is what convolutions of two axes like on every device.
     is_image = inputs[0].ndim == 4
     for channels_last in (True, False) if is_image else (False,):
@@ -88,6 +89,12 @@ def choose_plan(program: Program, inputs: Sequence[Tensor], default: Sequence[Ta
     return as_loaded
 
 
+def _work(program: Program, batch: Tensor) -> float:
+    """A measure of a row's forward that is the same on every machine."""
+    weights = sum(tensor.numel() for tensor in program.tensors().values() if tensor.ndim >= 3)
+    return weights * math.prod(batch.shape[2:]) / _CELLS
+
+
 def _tried(
     program: Program,
     planned: PlannedProgram,
@@ -96,12 +103,12 @@ def _tried(
     default: Sequence[TapName],
     expected: Any,
 ) -> Plan | None:
-    """The plan, if a form computes what the program does and is faster."""
+    """The plan, if a form computes what the program does and is not slower."""
     deviation = _deviation(planned, inputs, expected)
     if deviation > _TOLERANCE[program.dtype] or not _explains_alike(program, planned, inputs, default):
         return None
     speedup = _speedup(program, planned, inputs)
-    return Plan(program=planned, name=name, speedup=speedup, deviation=deviation) if speedup >= _LEAST_GAIN else None
+    return Plan(program=planned, name=name, speedup=speedup, deviation=deviation) if speedup >= _LEAST_SPEEDUP else None
 
 
 def _fused(
@@ -112,7 +119,7 @@ def _fused(
     default: Sequence[TapName],
     expected: Any,
 ) -> Plan:
-    """The same with its front fused up to the default layer, where that is faster still."""
+    """The same with its front fused up to the default layer, where that can be done."""
     try:
         cut = planned.rewritten.fused(default[0]) if default and planned.rewritten.keeps(default[0]) else None
         if cut is None:
@@ -123,7 +130,7 @@ def _fused(
         tried = _tried(program, fused, f"{plan.name}, fused up to {default[0]}", inputs, default, expected)
     except FAILURES:
         return plan
-    if tried is None or _speedup(planned, fused, inputs) < _LEAST_GAIN:
+    if tried is None or _speedup(planned, fused, inputs) < _LEAST_SPEEDUP:
         return plan
     return tried
 
