@@ -32,6 +32,7 @@ from camserve.server.jobs import (
 
 CLASSES = 5
 SIDE = 12
+LARGE_SIDE = 40
 LAYERED = [slug for slug, method in METHODS.items() if isinstance(method.arithmetic, Layerwise)]
 
 
@@ -148,9 +149,9 @@ def model(net: TinyNet) -> PassModel:
     return model_of(net)
 
 
-def images(rows: int, seed: int = 7) -> Tensor:
+def images(rows: int, seed: int = 7, side: int = SIDE) -> Tensor:
     """Noise (rows 3 h w)."""
-    return torch.randn(rows, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def spec(index: int = 0, method: str = "grad-cam", layers: Sequence[str] = ("relu#1",), **more: Any) -> Spec:
@@ -293,18 +294,21 @@ def test_maps_are_those_of_the_row_alone(net: TinyNet, model: PassModel) -> None
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "whole_batch_maps"),
+    ("rows", "dtype", "whole_batch_maps", "side"),
     [
-        *[(rows, torch.float32, False) for rows in range(1, 9)],
-        *[(rows, torch.float32, True) for rows in (2, 5, 8)],
-        *[(4, dtype, way) for dtype in (torch.float64, torch.bfloat16, torch.float16) for way in (False, True)],
+        *[(rows, torch.float32, False, SIDE) for rows in range(1, 9)],
+        *[(rows, torch.float32, True, SIDE) for rows in (2, 5, 8)],
+        *[(4, dtype, way, SIDE) for dtype in (torch.float64, torch.bfloat16, torch.float16) for way in (False, True)],
+        # At this side maps of the last layer are made for the whole batch, components and those of the stem by row.
+        *[(rows, torch.float32, None, LARGE_SIDE) for rows in (2, 5)],
     ],
 )
 def test_neighbours_do_not_change_a_bit(
     net: TinyNet,
     rows: int,
     dtype: torch.dtype,
-    whole_batch_maps: bool,  # noqa: FBT001 - a test parameter
+    whole_batch_maps: bool | None,  # noqa: FBT001 - a test parameter
+    side: int,
 ) -> None:
     """At equal batch size every map of a row has the same bits whatever the others are and ask for."""
     model = dataclasses.replace(model_of(net, dtype), whole_batch_maps=whole_batch_maps)
@@ -312,8 +316,8 @@ def test_neighbours_do_not_change_a_bit(
     mine = (*every_method(), spec(97, layers=["stem", "relu#1"]), spec(98, target=of_class(2, Score.SOFTMAX)))
     seen = []
     for number, company in enumerate(COMPANIES):
-        batch = images(rows, seed=number)
-        batch[place] = images(1, seed=99)[0]
+        batch = images(rows, seed=number, side=side)
+        batch[place] = images(1, seed=99, side=side)[0]
         wishes: list[tuple[Spec, ...]] = [company] * rows
         wishes[place] = mine
         events = list(run_pass(model, batch, wishes))

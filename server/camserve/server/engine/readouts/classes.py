@@ -63,10 +63,8 @@ class ClassReadout:
 
     def readings(self) -> Sequence[Reading]:
         """Logits and probabilities of each row; of regression the values alone."""
-        probabilities = self._probabilities().astype(np.float32)
-        if self._kind is OutputKind.REGRESSION:
-            probabilities = probabilities[:, :0]
-        pairs = zip(self._host.astype(np.float32), probabilities, strict=True)
+        probabilities = self._host[:, :0] if self._kind is OutputKind.REGRESSION else self._probabilities()
+        pairs = zip(self._host.astype(np.float32), probabilities.astype(np.float32), strict=True)
         return [Reading(kind=self._kind, scores=scores, probabilities=shares) for scores, shares in pairs]
 
     def aims(self, row: int, target: Target, contrast: Contrast | None = None) -> tuple[Aim, ...]:
@@ -111,7 +109,7 @@ class ClassReadout:
     @functools.cached_property
     def _is_finite(self) -> npt.NDArray[np.bool_]:
         """(b): of each row, whether there is something to rank."""
-        return np.isfinite(self._host).all(axis=1)
+        return np.asarray(np.isfinite(self._host).all(axis=1))
 
     def _terms(self, row: int, target: Target, contrast: Contrast | None) -> list[Terms]:
         if isinstance(target.about, Difference):

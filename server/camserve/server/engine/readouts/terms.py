@@ -48,21 +48,21 @@ def weigh(
         wanted = torch.tensor([aim is not None for aim in aims], device=wide.device)
         wide = wide.where(wanted.view(*spread, 1), 0)
     pick = _picker(wide, aims, spread, has_sigmoid=has_sigmoid)
-    rows = [aim.weights if aim is not None else ((0, 0.0),) for aim in aims]
+    rows = [_signed(aim) for aim in aims]
     count = max(map(len, rows))
     # Shorter rows repeat their first class with weight 0: no other value of theirs is touched.
     indices = torch.tensor([[c for c, _ in row] + [row[0][0]] * (count - len(row)) for row in rows], device=wide.device)
     weights = wide.new_tensor([[w for _, w in row] + [0.0] * (count - len(row)) for row in rows])
-    picked = [pick(indices[:, term]) for term in range(count)]
-    weighed = [values * weights[:, term].view(spread) for term, values in enumerate(picked)]
+    weighed = [pick(indices[:, term]) * weights[:, term].view(spread) for term in range(count)]
     total = weighed[0]
     for term in weighed[1:]:
         total = total + term
-    if any(aim is not None and aim.by_probability for aim in aims):
-        is_shared = torch.tensor([aim is not None and aim.by_probability for aim in aims], device=wide.device)
+    by_share = [aim is not None and aim.by_probability for aim in aims]
+    if any(by_share):
+        is_shared = torch.tensor(by_share, device=wide.device)
         is_term = torch.tensor([[term < len(row) for term in range(count)] for row in rows], device=wide.device)
         total = torch.where(is_shared.view(spread), _by_share(wide, indices, is_term, weighed, spread), total)
-    return _over_cells(total, aims) * signs(aims, total)
+    return _over_cells(total, aims)
 
 
 def signs(aims: Sequence[Aim | None], like: Tensor) -> Float[Tensor, "b"]:
@@ -90,6 +90,15 @@ def contrasted(
     nearest = [int(other) for other in np.argsort(distances, kind="stable") if other != index][: contrast.classes]
     each = contrast.weight if contrast.by_probability else contrast.weight / max(len(nearest), 1)
     return ((index, 1.0), *((other, -each) for other in nearest))
+
+
+def _signed(aim: Aim | None) -> Sequence[tuple[int, float]]:
+    """The terms of an aim, turned by its polarity; every number behind them is linear in them."""
+    if aim is None:
+        return ((0, 0.0),)
+    if aim.target.polarity is Polarity.AGAINST:
+        return [(index, -weight) for index, weight in aim.weights]
+    return aim.weights
 
 
 def _picker(
@@ -144,7 +153,7 @@ def _over_cells(total: Float[Tensor, "b *grid"], aims: Sequence[Aim | None]) -> 
 
 def _gathered(values: Float[Tensor, "b classes *grid"], index: Tensor) -> Float[Tensor, "b *grid"]:
     grid = values.shape[2:]
-    return values.gather(1, index.view(-1, *(1 for _ in grid), 1).movedim(-1, 1).expand(-1, 1, *grid))[:, 0]
+    return values.gather(1, index.view(-1, 1, *[1] * len(grid)).expand(-1, 1, *grid))[:, 0]
 
 
 def _mask(scores: Sequence[Score], wanted: Score, like: Tensor) -> Tensor:
