@@ -1,7 +1,7 @@
-"""What compiling the plan gains: ResNet-50, 224 px, batches of 8, Grad-CAM at the last stage.
+"""What compiling the plan gains: 224 px, batches of 8, Grad-CAM at the default layer.
 
-Printed by `make bench`. Machines differ and are shared, so only ratios inside one run count: the variants take turns, and the
-medians over the rounds are compared. Compiling itself takes minutes where others want the cores.
+Printed by `make bench`. Machines differ and are shared, so only ratios inside one run count: the variants take turns, and medians
+of processor time over the rounds are compared. Compiling itself takes minutes where others want the cores.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import pytest
 import torch
 import torchvision
 
+from camserve.server.engine.compiled import LivePackage
+from camserve.server.engine.compiled_build import load_package
 from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.script_graph import interpreted
 from camserve.server.jobs import Spec
-from camserve.server.models.compiling import compile_plan
+from camserve.server.models.compiling import compile_plan, package_name
 from camserve.server.models.config import InputConfig, ModelConfig, PlanConfig
 from camserve.server.models.loader import load_model
 from camserve.server.models.sources import ModelSource
@@ -31,31 +33,28 @@ BATCH = 8
 ROUNDS = 7
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ModelSource:
-    """A scripted ResNet-50 with seeded random weights that asks to be compiled for full batches."""
-    path = tmp_path_factory.mktemp("resnet50") / "model.pt"
+@pytest.fixture(scope="module", params=["resnet50", "convnext_tiny"])
+def source(request, tmp_path_factory) -> ModelSource:
+    """A scripted model with seeded random weights that asks to be compiled for full batches."""
+    path = tmp_path_factory.mktemp(request.param) / "model.pt"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = torchvision.models.resnet50(weights=None).eval()
+        module = getattr(torchvision.models, request.param)(weights=None).eval()
     torch.jit.save(torch.jit.script(module), str(path))
     config = ModelConfig(
-        input=InputConfig(size=(224, 224)),
-        default_layer="layer4",
-        max_batch=BATCH,
-        plan=PlanConfig(compile=True, batch_sizes=(BATCH,)),
+        input=InputConfig(size=(224, 224)), max_batch=BATCH, plan=PlanConfig(compile=True, batch_sizes=(BATCH,))
     )
-    return ModelSource(name="resnet50", version="1", path=path, config=config)
+    return ModelSource(name=request.param, version="1", path=path, config=config)
 
 
 def medians(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each variant; they take turns, after one round that does not count."""
+    """Median seconds of processor time of each variant; they take turns, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(ROUNDS + 1):
         for name, run in variants.items():
-            started = time.perf_counter()
+            started = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
@@ -86,39 +85,34 @@ async def at_once(work):
     return work()
 
 
-def test_compiled_plan(source):
-    """With Grad-CAM for every row the compiled plan is faster than the ordinary one, and full batches gain most."""
-    served = load_model(source, device=torch.device("cpu"), max_batch_rows=BATCH, most_threads=torch.get_num_threads())
+def test_compiled_plan(source, tmp_path):
+    """With Grad-CAM for every row a full batch costs no more than on the ordinary plan, whatever the trial found."""
+    threads = torch.get_num_threads()
+    served = load_model(source, device=torch.device("cpu"), max_batch_rows=BATCH, most_threads=threads)
     started = time.perf_counter()
-    note = asyncio.run(compile_plan(source, served, cache=None, on_device=at_once))
+    note = asyncio.run(compile_plan(source, served, cache=tmp_path / "plans", on_device=at_once))
     compiling = time.perf_counter() - started
     compiled = served.pass_model
     ordinary = dataclasses.replace(compiled, compiled=None)
+    # Adopted whatever the trial said, also for so few rows that filling up costs more than the package gains.
+    package = load_package(tmp_path / "plans" / package_name(served.card, source, BATCH))
+    compiled.compiled.adopt(LivePackage(rows=BATCH, run=package, gain=2.0 * BATCH))
     images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    specs = (Spec(index=0, method="grad-cam", layers=("layer4",)),)
+    specs = (Spec(index=0, method="grad-cam", layers=(served.card.default_layer,)),)
+    base = "ordinary pass with Grad-CAM"
 
-    full = medians(
+    measured = medians(
         {
             **frozen_forwards(source, images),
             "ordinary pass without explanations": passes(ordinary, images, ()),
-            "ordinary pass with Grad-CAM": passes(ordinary, images, specs),
+            base: passes(ordinary, images, specs),
             "compiled pass with Grad-CAM": passes(compiled, images, specs),
+            "ordinary pass, half the rows": passes(ordinary, images[: BATCH // 2], specs),
+            "compiled pass, half the rows, filled up": passes(compiled, images[: BATCH // 2], specs),
         }
     )
-    package = compiled.compiled.live[BATCH]
-    always = dataclasses.replace(package, gain=float(BATCH))
-    compiled.compiled.adopt(always)  # Also where the rows of padding cost more than the package gains.
-    filled = {
-        rows: medians(
-            {"ordinary": passes(ordinary, images[:rows], specs), "compiled": passes(compiled, images[:rows], specs)}
-        )
-        for rows in (7, 6, 5)
-    }
 
-    print(f"\ncompiled plan: ResNet-50, {torch.get_num_threads()} threads; {note}, in {compiling:.0f} s")  # noqa: T201
-    for name, seconds in full.items():
-        ratio = seconds / full["ordinary pass with Grad-CAM"]
-        print(f"  {name:44s} {seconds / BATCH * 1e3:7.1f} ms/image   {ratio:5.2f} x")  # noqa: T201
-    for rows, seconds in filled.items():
-        print(f"  {rows} rows filled up to {BATCH}: {seconds['compiled'] / seconds['ordinary']:5.2f} x")  # noqa: T201
-    assert full["compiled pass with Grad-CAM"] < full["ordinary pass with Grad-CAM"]
+    print(f"\n{source.name}, {BATCH} images, {threads} threads; {note}, in {compiling:.0f} s")  # noqa: T201
+    for name, seconds in measured.items():
+        print(f"  {name:44s} {seconds * 1e3:7.1f} ms   {seconds / measured[base]:5.2f} x")  # noqa: T201
+    assert measured["compiled pass with Grad-CAM"] <= 1.05 * measured[base]
