@@ -56,7 +56,7 @@ class PassModel:
         max_maps: most maps of one spec, where only the outputs tell how many there are.
         static_rows: the only number of rows the program takes, or None.
         whole_batch_maps: whether raw maps are computed for the whole batch at once rather than for one row; None takes rows where
-            arithmetic costs most, on the CPU from layers of many values, and the batch where launching does. Last bits may differ.
+            arithmetic costs most, on the CPU from layers of many values, and the batch where launching does. Last bits may vary.
         depths: how far back each layer lies, by its name as specs write it: 1 at the deepest stage, 2 at the one before it.
         pace: threads and chunks.
         compiled: what of it is compiled; None where its card does not ask for that.
