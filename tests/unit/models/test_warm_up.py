@@ -104,6 +104,22 @@ def test_every_form_explains_as_the_archive_does(served, layer):
         assert np.corrcoef(ours[place].values.ravel(), raw.values.ravel())[0, 1] > 0.99999
 
 
+def test_every_kind_of_method_works_on_what_serves(served):
+    """Gradients back to the input, other rules, windows, ablations and scores of many forwards."""
+    budget = {"score-cam": Parameters(channels=4), "ablation-cam": Parameters(channels=4)}
+    at_input = ["integrated-gradients", "vanilla-backprop", "guided-backprop", "smoothgrad"]
+    specs = [
+        Spec(index=index, method=method, layers=(), parameters=Parameters(steps=3, samples=3))
+        for index, method in enumerate(at_input)
+    ]
+    specs += [
+        spec(method=method, index=len(specs) + index, parameters=budget.get(method, Parameters()))
+        for index, method in enumerate(["score-cam", "ablation-cam", "cam", "shapley-cam", "guided-grad-cam"])
+    ]
+
+    assert set(maps_of(served, [tuple(specs)])) == {(0, index) for index in range(len(specs))}
+
+
 def as_loaded(served):
     """The same without its plan."""
     model = dataclasses.replace(served.pass_model, program=served.pass_model.program.original)

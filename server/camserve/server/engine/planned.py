@@ -145,7 +145,9 @@ class PlannedProgram:
         form = ORIGINAL if rule is not BackwardRule.PLAIN else self.form_of(taps)
         if form == ORIGINAL:
             return self.original.capture(taps, *inputs, differentiable=differentiable, rule=rule)
-        laid_out = self._laid_out(inputs)
+        # With a graph, if there is to be one: an input that requires grad keeps it through the change of layout.
+        with torch.set_grad_enabled(differentiable):
+            laid_out = self._laid_out(inputs)
         if form == FUSED and self._fused is not None and not any(value.requires_grad for value in inputs):
             activation, crossing = self._fused.front(*laid_out)
             activation.requires_grad_(differentiable)
