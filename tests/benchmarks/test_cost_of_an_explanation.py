@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -128,9 +129,7 @@ def test_engine(archive, precision: str, reach: float):
             "pass with Grad-CAM at layer4": lambda: run_all(model, images, [at["layer4"]] * BATCH),
             "pass with six methods for every row": lambda: run_all(model, images, [all_methods] * BATCH),
             **{
-                f"pass with Grad-CAM at {layer}": (lambda rows: lambda: run_all(model, images, rows))(
-                    [at[layer]] * BATCH
-                )
+                f"pass with Grad-CAM at {layer}": functools.partial(run_all, model, images, [at[layer]] * BATCH)
                 for layer in reversed(STAGES[:-1])
             },
         }
@@ -155,7 +154,7 @@ def test_sharing(archive):
     mixed = [
         tuple(spec(row, METHODS[(4 * row + index) % 6], "layer4", index) for index in range(4)) for row in range(BATCH)
     ]
-    pairs = [(method, layer) for method in METHODS[:5] + ["eigen-cam"] for layer in STAGES]
+    pairs = [(method, layer) for method in [*METHODS[:5], "eigen-cam"] for layer in STAGES]
     swept = [
         tuple(spec(row, *pairs[(4 * row + index) % len(pairs)], index) for index in range(4)) for row in range(BATCH)
     ]

@@ -136,7 +136,7 @@ class Summary:
         timings: where the time went.
         batch_rows: rows that shared the pass.
         pass_explanations: specs that shared the pass, over all its rows.
-        plan: which plan of the program ran, such as "tapped".
+        plan: which plan of the program ran: "forward", "tapped" or "compiled".
         device: such as "cpu" or "cuda:0".
         dtype: such as "float32".
     """

@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from camserve.server.engine.alike import TOLERANCE, correlation, difference, least_correlation
 from camserve.server.engine.look import FAILURES
 from camserve.server.engine.planned import PlannedProgram, Rewritable
 from camserve.server.engine.program import Program, TapName
@@ -37,16 +38,6 @@ _LEAST_THREAD_GAIN: Final = 1.2
 # Work shorter than this on one thread waits longer for other threads than they save it.
 _WORTH_THREADS_SECONDS: Final = 0.004
 _ROUNDS: Final = 3
-# Largest difference of an output, relative to the largest: rounding through some hundred layers, seen up to a tenth of these.
-_TOLERANCE: Final[Mapping[torch.dtype, float]] = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.bfloat16: 5e-2,
-    torch.float16: 1e-2,
-}
-# Gradients go through gates of ReLUs that rounding may flip, a cell at a time: alike means alike as pictures.
-_LEAST_CORRELATION: Final = {torch.bfloat16: 0.98, torch.float16: 0.995}
-_USUAL_CORRELATION: Final = 0.999
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +96,7 @@ def _tried(
 ) -> Plan | None:
     """The plan, if a form computes what the program does and is not slower."""
     deviation = _deviation(planned, inputs, expected)
-    if deviation > _TOLERANCE[program.dtype] or not _explains_alike(program, planned, inputs, default):
+    if deviation > TOLERANCE[program.dtype] or not _explains_alike(program, planned, inputs, default):
         return None
     speedup = _speedup(program, planned, inputs)
     return Plan(program=planned, name=name, speedup=speedup, deviation=deviation) if speedup >= _LEAST_SPEEDUP else None
@@ -197,8 +188,7 @@ def _difference(one: Any, other: Any) -> float:
         return 0.0
     if not other.is_floating_point():
         return 0.0 if torch.equal(one, other) else float("inf")
-    scale = float(other.double().abs().amax()) or 1.0
-    return float((one.double() - other.double()).abs().amax()) / scale
+    return difference(one, other)
 
 
 def _explains_alike(program: Program, planned: Program, inputs: Sequence[Tensor], default: Sequence[TapName]) -> bool:
@@ -206,10 +196,10 @@ def _explains_alike(program: Program, planned: Program, inputs: Sequence[Tensor]
     if not default:
         return True
     tap = default[0]
-    least = _LEAST_CORRELATION.get(program.dtype, _USUAL_CORRELATION)
+    least = least_correlation(program.dtype)
     try:
         pairs = zip(_evidence(program, inputs, tap), _evidence(planned, inputs, tap), strict=True)
-        return all(_correlation(one, other) >= least for one, other in pairs)
+        return all(correlation(one, other) >= least for one, other in pairs)
     except FAILURES:
         return False
 
@@ -227,16 +217,6 @@ def _evidence(program: Program, inputs: Sequence[Tensor], tap: TapName) -> list[
         total = floating[0].flatten(1).amax(1).sum() if floating[0].ndim > 1 else floating[0].sum()
         (gradient,) = torch.autograd.grad(total, [activation], allow_unused=True)
     return [activation.detach()] if gradient is None else [activation.detach(), gradient]
-
-
-def _correlation(one: Tensor, other: Tensor) -> float:
-    """Pearson's, over all values; 1 for two that are the same."""
-    flat = [value.double().flatten() for value in (one, other)]
-    centred = [value - value.mean() for value in flat]
-    norm = centred[0].norm() * centred[1].norm()
-    if norm == 0:
-        return 1.0 if torch.allclose(flat[0], flat[1]) else 0.0
-    return float((centred[0] * centred[1]).sum() / norm)
 
 
 def _speedup(slow: Program, fast: Program, inputs: Sequence[Tensor]) -> float:
