@@ -61,6 +61,14 @@ def test_the_raw_range_is_that_of_the_signed_map() -> None:
     assert [0.0, 1.0] == finished.values.tolist()
 
 
+def test_a_finished_map_owns_its_values() -> None:
+    """A raw map may be a row of a whole batch's, which must not live as long as the row's answer does."""
+    values = float32([-1.0, 2.0])
+
+    for is_rectified in (True, False):
+        assert not np.shares_memory(values, finish([values], is_rectified=is_rectified).values)
+
+
 def test_values_beyond_float32_are_flagged() -> None:
     """A float64 map leaves as float32; what does not fit is not finite."""
     finished = finish([np.array([1e300, 1.0])], is_rectified=True)
