@@ -25,7 +25,7 @@ from camserve.server.errors import (
     Reason,
     Unsupported,
 )
-from camserve.server.models.card import ExtraInput, LayerCard, MethodCard
+from camserve.server.models.card import ExtraInput, LayerCard, MethodCard, PlanCard
 from camserve.server.models.recipe import InputRecipe
 from camserve.server.wire import words
 from camserve.server.wire.answers import card_message, response
@@ -680,6 +680,7 @@ def test_a_card_arrives_whole():
             stages=("stem", "body"),
             phrases=("a crane",),
             extra_inputs=(ExtraInput(name="mask", shape=(1, 32, 32), dtype="float32"),),
+            plan=PlanCard(form="folded", speedup=1.5, deviation=1e-6, threads=2, chunk_rows=4),
         )
     )
 
