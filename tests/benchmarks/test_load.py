@@ -109,7 +109,10 @@ async def test_three_times_the_peak(archive, tmp_path):
             ("answered in time, share of the peak", f"{good.good_per_second:.1f}/s, {share:.2f}"),
             ("rows in a pass", f"{good.batch_rows or 0:.1f}"),
             ("refused", f"{len(refusals)} of {good.due}"),
-            ("expired inside", str(sum(failure.code == "DEADLINE_EXCEEDED" for failure in good.errors))),
+            (
+                "expired inside",
+                str(sum(count for why, count in good.errors.items() if why.code == "DEADLINE_EXCEEDED")),
+            ),
             ("refusal, sent to status, p50 and p99", _both(refusals)),
             ("refusal, inside the handler, p50 and p99", _both(inside)),
             ("answers, outside of the server's account, p99", milliseconds(percentile(unread(step), 0.99))),
