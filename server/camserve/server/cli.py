@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -112,6 +113,10 @@ async def _serve(app: Any) -> int:
     await asyncio.wait({loading, *ending}, return_when=asyncio.FIRST_COMPLETED)
     status = 0
     if loading.done() and not asked_to_stop.is_set():
+        # What torch and the models hold is hundreds of thousands of objects: each full collection would stop every request for
+        # a quarter of a second to look at them again.
+        gc.collect()
+        gc.freeze()
         slots = app.repository.slots()
         ready = [slot.name for slot in slots if slot.served is not None]
         if ready:
@@ -132,6 +137,7 @@ async def _serve(app: Any) -> int:
         sys.stderr.flush()
         os._exit(status)
     await loading
+    gc.unfreeze()
     return status
 
 
