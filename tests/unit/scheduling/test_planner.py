@@ -211,6 +211,15 @@ def test_who_cannot_make_it_lets_the_others_go_first() -> None:
     assert (0,) == plan([lost]).tickets
 
 
+def test_one_in_a_hurry_does_not_make_a_full_pass_late() -> None:
+    """A small pass for the hurried goes first only if it makes fewer late than it saves."""
+    hurried = candidate(0, deadline=0.0045, max_rows=4)
+    full = [candidate(ticket, deadline=0.0075, max_rows=4) for ticket in range(1, 5)]
+
+    assert (1, 2, 3, 4) == plan([hurried, *full]).tickets
+    assert (0,) == plan([hurried, *(candidate(ticket, deadline=0.012, max_rows=4) for ticket in range(1, 5))]).tickets
+
+
 def test_callers_that_come_back_are_waited_for_when_that_pays() -> None:
     """Behind a pass the device waits for those it answered, for as long as another pass would cost beyond its rows."""
     first = [candidate(0)]

@@ -1,9 +1,9 @@
 """Whether a request can still be in time: what lies before it and what it takes itself, judged in the request's favour.
 
-`queue.py` makes a `Forecast` from its backlog, the door refuses by it. It is a lower bound as far as one can be had: what is not
-known counts as nothing, work of later deadlines does not come first, lanes above get no more than their weight, and
-what is left is still divided by a doubt. A request that is let in and comes too late costs its own work; one that is refused
-without need costs an answer.
+`queue.py` makes a `Forecast` from its backlog, the door refuses by it. What is not known counts as nothing, work of later
+deadlines does not come first, and lanes above get no more than their weight. What lies ahead is the sum of many estimates, whose
+errors even out; what the request takes itself is one, and is divided by a doubt. Who is let in and comes too late costs
+the work and the time of those who wait behind; who is refused without need costs an answer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import math
 
 __all__ = ["Forecast"]
 
-# Estimates may be so many times too high before anybody is refused without need.
+# The estimate of one request may be so many times too high before anybody is refused without need.
 _DOUBT = 1.5
+# What lies ahead takes a little longer than passes alone: answers are made and sent meanwhile.
+_FRICTION = 1.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,5 +38,7 @@ class Forecast:
         return self.own_seconds / _DOUBT > remaining
 
     def lateness(self, remaining: float) -> float:
-        """By how much, at least, it would be too late; 0 or less if it may be in time."""
-        return (self.ahead_seconds + self.own_seconds) / _DOUBT - remaining if math.isfinite(remaining) else -math.inf
+        """By how much it would probably be too late; 0 or less if it may be in time."""
+        if not math.isfinite(remaining):
+            return -math.inf
+        return _FRICTION * self.ahead_seconds + self.own_seconds / _DOUBT - remaining

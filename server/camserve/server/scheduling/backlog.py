@@ -58,7 +58,7 @@ class Backlog:
         Args:
             lanes: which.
             costs: what passes take.
-            beside: of passes of this key only full ones count: whoever asks rides with the rest.
+            beside: of passes of this key only full ones have a fixed cost: whoever asks rides with the rest.
         """
         rows: dict[tuple[BatchKey, int], tuple[int, int]] = {}
         for (lane, key, depth, most), count in self._rows.items():
@@ -72,8 +72,7 @@ class Backlog:
             line = costs.line(key, depth)
             if line.is_known:
                 passes = count // most if key == beside else math.ceil(count / most)
-                counted = passes * most if key == beside else count
-                total += passes * line.fixed + counted * line.per_row
+                total += passes * line.fixed + count * line.per_row
         return total
 
     def _change(self, load: Load, sign: int) -> None:

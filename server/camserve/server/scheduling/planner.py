@@ -271,9 +271,47 @@ class _Desk:
 
     def _batch(self, head: Candidate, cut: Cut) -> Decision:
         """The batch of that head; `cut` tells why it is not waited for."""
-        key, most = head.key, head.max_rows
         pool = self._pool(head)
         depths = self._depths(head, pool)
+        chosen, depth, left_out = self._filled(head, pool, depths)
+        if left_out is Cut.DEADLINE:
+            patient = self._delayed(head, pool, depths, len(chosen))
+            if patient:
+                chosen, depth, left_out = self._filled(patient[0], patient, depths)
+        seconds = self._line(head.key, depth).seconds(len(chosen))
+        counts = collections.Counter((entry.lane, entry.caller) for entry in chosen)
+        charges = tuple(
+            Charge(lane, caller, is_chunk=False, part=rows / len(chosen), is_rider=lane is not head.lane)
+            for (lane, caller), rows in counts.items()
+        )
+        return Decision(
+            tickets=tuple(entry.ticket for entry in chosen),
+            cut=left_out or cut,
+            predicted_seconds=seconds,
+            charges=charges,
+            shares=self._charged(charges, seconds),
+        )
+
+    def _delayed(
+        self, head: Candidate, pool: Sequence[Candidate], depths: Collection[int], hurried: int
+    ) -> Sequence[Candidate]:
+        """Who would go in a full pass, where a small one for so many hurried before it would make at least as many of them late.
+
+        Small passes for those about to expire, each followed by the next who are, would leave most of the device unused.
+        """
+        riding = [entry for entry in pool if entry.depth in depths]
+        line = self._line(head.key, max(entry.depth for entry in riding))
+        full = line.seconds(min(len(riding), head.max_rows))
+        patient = [entry for entry in riding if entry.deadline >= self._now + full]
+        behind = self._now + line.seconds(hurried) + full
+        late = sum(entry.deadline < behind for entry in patient[: head.max_rows])
+        return patient if late >= hurried and patient[0].lane is head.lane else []
+
+    def _filled(
+        self, head: Candidate, pool: Sequence[Candidate], depths: Collection[int]
+    ) -> tuple[list[Candidate], int, Cut | None]:
+        """Those of a pool that ride with a head, how far back they go, and why no more do."""
+        key, most = head.key, head.max_rows
         chosen: list[Candidate] = []
         parts: dict[Lane, int] = collections.Counter()
         depth, tightest = 0, math.inf
@@ -305,19 +343,7 @@ class _Desk:
             depth = deepest
             if self._now + seconds <= entry.deadline:
                 tightest = min(tightest, entry.deadline)
-        seconds = self._line(key, depth).seconds(len(chosen))
-        counts = collections.Counter((entry.lane, entry.caller) for entry in chosen)
-        charges = tuple(
-            Charge(lane, caller, is_chunk=False, part=rows / len(chosen), is_rider=lane is not head.lane)
-            for (lane, caller), rows in counts.items()
-        )
-        return Decision(
-            tickets=tuple(entry.ticket for entry in chosen),
-            cut=left_out or cut,
-            predicted_seconds=seconds,
-            charges=charges,
-            shares=self._charged(charges, seconds),
-        )
+        return chosen, depth, left_out
 
     def _pool(self, head: Candidate) -> list[Candidate]:
         """All that could ride with a head, itself first: its lane in turn, then riders by deadline."""
