@@ -84,6 +84,9 @@ async def http(port: int, *, path: str, is_upload: bool) -> AsyncIterator[Ask]:
     async def ask(jpeg: bytes) -> Answer:
         try:
             async with asyncio.timeout(_PATIENCE_SECONDS):
+                # A server ends connections that were idle for some seconds, as those of other callers are between loads.
+                while idle and idle[-1][0].at_eof():
+                    idle.pop()[1].close()
                 reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port, limit=2**20)
                 writer.write(_post(path, jpeg, is_upload=is_upload))
                 status, body = await _reply(reader)
