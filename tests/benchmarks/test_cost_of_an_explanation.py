@@ -111,7 +111,10 @@ def run_all(model: PassModel, images: torch.Tensor, rows: list[tuple[EngineSpec,
     return list(run_pass(model, images, rows))
 
 
-@pytest.mark.parametrize(("precision", "reach"), [("float32", 1.05), ("bfloat16", 1.08)])
+# Without matrix units the last stage's gradient in bfloat16 costs as much as in float32, beside a forward of half the time.
+@pytest.mark.parametrize(
+    ("precision", "reach"), [("float32", 1.05), ("bfloat16", 1.08 if has_fast_bfloat16() else 1.15)]
+)
 def test_engine(archive, precision: str, reach: float):
     """One pass with Grad-CAM at the last stage for every row costs hardly more than the fastest forward without any."""
     model = loaded(archive, precision)
