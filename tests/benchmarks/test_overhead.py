@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]
 ROUNDS = 11
 REQUESTS = 400
 CONCURRENCY = 32
-LEAST_SHARE = 0.15
+LEAST_SHARE = 0.3
 MOST_ADDED_SECONDS = 0.005
 # One thread: a second one for a net of this size waits for work by spinning, and takes the front end's core.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -69,7 +69,7 @@ async def test_requests_a_second_beside_bare_grpc(archive, tmp_path):
 
 
 async def test_added_latency_of_one_request(archive, tmp_path):
-    """Alone, with a tensor as for ResNet-50 (3 x 224 x 224), a request takes at most 5 ms beyond its pass and bare gRPC."""
+    """Alone, with a tensor as for ResNet-50 (3 x 224 x 224), a request takes at most 5 ms beyond its pass."""
     asked = request(224)
     added, bare = [], []
     with camserve_process(archive, 224, tmp_path / "camserve.log", ENVIRONMENT) as served:
@@ -84,7 +84,7 @@ async def test_added_latency_of_one_request(archive, tmp_path):
     ours, grpcs = statistics.median(added[REQUESTS // 10 :]), statistics.median(bare[REQUESTS // 10 :])
 
     print(f"\nalone: {ours * 1e3:.2f} ms beyond the pass, of which bare grpc.aio {grpcs * 1e3:.2f} ms")  # noqa: T201 - the point of a benchmark
-    assert ours - grpcs <= MOST_ADDED_SECONDS
+    assert ours <= MOST_ADDED_SECONDS
 
 
 async def _timed(call: grpc.aio.UnaryStreamMultiCallable, asked: bytes) -> tuple[float, list[bytes]]:
