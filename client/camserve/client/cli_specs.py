@@ -20,6 +20,14 @@ from camserve.client.targets import DetectionBox, Difference, Phrase, Region, Si
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+def split_numbers(value: str, kind: type[int | float]) -> tuple[int | float, ...]:
+    """Numbers joined by commas; none where one of them cannot be read."""
+    try:
+        return tuple(kind(part) for part in value.split(","))
+    except ValueError:
+        return ()
+
+
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # Generic in click's newest only.
     """Numbers joined by commas, such as 10,20,64,48."""
 
@@ -31,10 +39,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # Generic in click's 
         """Returns the numbers, as many as the name has."""
         if isinstance(value, tuple):
             return value
-        try:
-            numbers = tuple(self._kind(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
+        numbers = split_numbers(value, self._kind)
         if len(numbers) != len(self.name.split(",")):
             self.fail(f"{value!r} is not {self.name} in pixels", param, ctx)
         return numbers

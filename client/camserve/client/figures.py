@@ -7,7 +7,6 @@ as curves. Everything that came from outside is escaped, and everything shown is
 from __future__ import annotations
 
 import base64
-import html
 import io
 from typing import Final
 
@@ -17,6 +16,7 @@ from PIL import Image
 from camserve.client import overlays
 from camserve.client.errors import CamserveError
 from camserve.client.heatmaps import FloatArray, Heatmap
+from camserve.client.pages import text
 
 # Photographs are shown at a few hundred pixels; embedding them whole would make the file too large to send.
 _LARGEST_SIDE: Final = 640
@@ -48,11 +48,6 @@ def picture_figure(picture: Image.Image | None, caption: str) -> str:
         return ""
     size = f"{picture.width} x {picture.height}"
     return f"<figure>{_image(picture, caption)}<figcaption><b>{text(caption)}</b><br>{size}</figcaption></figure>"
-
-
-def text(value: object) -> str:
-    """Returns a value as HTML text."""
-    return html.escape(str(value))
 
 
 def _caption(heatmap: Heatmap) -> str:

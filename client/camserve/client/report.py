@@ -16,7 +16,8 @@ from PIL import Image
 
 from camserve.client.boxes import Detection
 from camserve.client.errors import CamserveError
-from camserve.client.figures import heatmap_figure, picture_figure, text
+from camserve.client.figures import heatmap_figure, picture_figure
+from camserve.client.pages import page, text
 from camserve.client.results import ClassScore, Prediction, Result, Summary
 
 
@@ -65,24 +66,12 @@ def _page(title: str, facts: Mapping[str, str], entries: Sequence[ReportEntry]) 
     style = (importlib.resources.files("camserve.client") / "report.css").read_text("utf-8")
     sections = "\n".join(_section(entry) for entry in entries)
     maps = sum(len(entry.result.heatmaps) for entry in entries if isinstance(entry.result, Result))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<h1>{text(title)}</h1>
+    body = f"""<h1>{text(title)}</h1>
 <div class="card">{_facts(facts)}</div>
 {sections}
 <footer>{len(entries)} images, {maps} maps. Colours run from each map's smallest value to its largest; the range is told below \
-each map, in units of the target's score. Signed channels stand on gray: brighter is evidence for, darker against.</footer>
-</body>
-</html>
-"""
+each map, in units of the target's score. Signed channels stand on gray: brighter is evidence for, darker against.</footer>"""
+    return page(title, style, body)
 
 
 def _section(entry: ReportEntry) -> str:

@@ -238,14 +238,16 @@ def _stopped_by_ctrl_c() -> Iterator[asyncio.Event]:
         stop.set()
         loop.remove_signal_handler(signal.SIGINT)
 
-    # Outside the main thread, and on Windows, there are no handlers; Ctrl-C then ends the program at once.
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+    try:
         loop.add_signal_handler(signal.SIGINT, interrupted)
+    except (NotImplementedError, RuntimeError, ValueError):
+        # Outside the main thread, and on Windows, there are no handlers: Ctrl-C then ends the program at once.
+        yield stop
+        return
     try:
         yield stop
     finally:
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 def _missed(run: Run, options: Mapping[str, Any]) -> Iterator[str]:

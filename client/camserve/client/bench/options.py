@@ -10,6 +10,7 @@ import click
 
 from camserve.client import words
 from camserve.client.bench.kinds import GRAMMAR
+from camserve.client.cli_specs import split_numbers
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -25,10 +26,7 @@ class NumberList(click.ParamType):  # type: ignore[type-arg]  # Generic in click
         """Returns the numbers."""
         if isinstance(value, tuple):
             return value
-        try:
-            numbers = tuple(self._kind(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
+        numbers = split_numbers(value, self._kind)
         if not numbers or not all(0 < number < float("inf") for number in numbers):
             self.fail(f"{value!r} is not a list such as {'1,8,32' if self._kind is int else '5,10,20'}", param, ctx)
         return numbers

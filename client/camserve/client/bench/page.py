@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
+from camserve.client import pages
 from camserve.client.bench import charts, tables
 from camserve.client.bench.charts import Series, Spread
 from camserve.client.bench.document import Run, generator_facts
 from camserve.client.bench.figures import STAGES, Percentiles, StepFigures
 from camserve.client.bench.records import Closed, Open
 from camserve.client.bench.tables import Grid, labelled
-from camserve.client.figures import text
+from camserve.client.pages import text
 
 _STAGE_NAMES: Final[Mapping[str, str]] = {"lag": "sent late", "maps": "making maps", "other": "rest of the server"}
 # A bar so much longer than another hides its parts.
@@ -52,20 +53,8 @@ def page(run: Run) -> str:
         _FOOTER,
     ]
     body = "\n".join(filter(None, parts))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title>
-<style>
-{_style("camserve.client", "report.css")}{_style("camserve.client.bench", "page.css")}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    style = _style("camserve.client", "report.css") + _style("camserve.client.bench", "page.css")
+    return pages.page(title, style, body)
 
 
 def _style(package: str, name: str) -> str:

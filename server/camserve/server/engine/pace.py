@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 
-__all__ = ["Pace", "use_threads"]
+__all__ = ["MOST_TAIL_ROWS", "Pace", "use_threads"]
+
+MOST_TAIL_ROWS: Final = 256
+"""Activations that are tried at once at most, however short the rest of the program is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from camserve.server.engine.evidence import differentiable, evidence_at
 from camserve.server.engine.graph import Gradients, capture_graph, is_device_failure
 from camserve.server.engine.layout import Layout, LayoutKind, channels_first
 from camserve.server.engine.mapping import class_weight
+from camserve.server.engine.pace import MOST_TAIL_ROWS
 from camserve.server.engine.plan import Ask, PassModel, rule_of
 from camserve.server.engine.program import INPUT, BackwardRule, Cut
 from camserve.server.engine.readouts import Aim, read
@@ -32,7 +33,6 @@ _T = TypeVar("_T")
 
 # An ablated copy of the activation for each row: enough rows to keep the device busy, few enough to stay in its cache.
 _TAIL_BYTES: Final = 16 * 2**20
-_MOST_TAIL_ROWS: Final = 256
 
 
 class RowScene:
@@ -93,8 +93,8 @@ class RowScene:
         if self._model.static_rows is not None or self._model.max_rows == 1:
             return self.chunk_rows
         row_bytes = self.activation.numel() * self.activation.element_size()
-        most = self._model.pace.tail_rows.get(str(self._tap), _MOST_TAIL_ROWS)
-        return max(1, min(most, _MOST_TAIL_ROWS, _TAIL_BYTES // row_bytes))
+        most = self._model.pace.tail_rows.get(str(self._tap), MOST_TAIL_ROWS)
+        return max(1, min(most, MOST_TAIL_ROWS, _TAIL_BYTES // row_bytes))
 
     @property
     def score(self) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.batches import make_batch
 from camserve.server.engine.look import FAILURES
-from camserve.server.engine.pace import Pace
+from camserve.server.engine.pace import MOST_TAIL_ROWS, Pace
 from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.plans import Plan, choose_plan, choose_threads
 from camserve.server.engine.program import TapName
@@ -33,7 +33,6 @@ _STAGE_ROWS = 2
 _ROUNDS = 2
 # What takes longer than this is not repeated: its first time hides what the first run of anything costs.
 _LONG_SECONDS = 0.1
-_MOST_TAIL_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,4 +172,4 @@ def _tail_rows(model: PassModel, inputs: Sequence[Tensor], layer: str, slice_sec
                 return 1
     except FAILURES:
         return 1  # It cannot be cut there: methods that would are refused, or run the whole program.
-    return _rows_within(slice_seconds, seconds, _MOST_TAIL_ROWS)
+    return _rows_within(slice_seconds, seconds, MOST_TAIL_ROWS)
