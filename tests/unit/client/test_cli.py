@@ -313,6 +313,28 @@ def test_a_command_whose_package_is_missing_says_what_to_install(monkeypatch: py
     assert "pip install 'camserve[server]'" in result.stderr
 
 
+def test_commands_of_other_packages_join_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found in a group of their own, told without being imported, and miss their package in one line."""
+    missing = importlib.metadata.EntryPoint("check", "camserve_not_installed.cli:check", "camserve.commands.models")
+    groups = {"camserve.commands.models": [missing]}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: groups.get(group, []))
+
+    helped, run = _run("models", "--help"), _run("models", "check", "folder", "--json")
+
+    assert "check  Load the models of a repository" in " ".join(helped.output.replace("\n", " ").split(" "))
+    assert 1 == run.exit_code
+    assert "Error: 'camserve models check' needs more than the client: pip install 'camserve[server]' (" in run.stderr
+
+
+def test_a_model_may_be_called_like_a_command(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`show` is what runs when the first word is no command, and can be written."""
+    other = importlib.metadata.EntryPoint("surface", "camserve.client.cli_explain:explain", "camserve.commands.models")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [other])
+
+    assert "layer2 (default)" in _run("models", "show", "surface", peer=peer).output
+    assert "Predict and explain images" in _run("models", "surface", "--help").output
+
+
 def test_commands_of_other_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """They run as if they were ours."""
     other = importlib.metadata.EntryPoint("again", "camserve.client.cli_models:models", "camserve.commands")
