@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from support.nets import TinyNet
 from support.servers import script_source, settings
 
 import camserve
+from camserve.client import cli, cli_models
 from camserve.server.background import BackgroundServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +88,26 @@ def test_camserve_is_a_namespace():
 def test_every_portion_is_typed(portion):
     """Type checkers look for the marker in each of them."""
     assert (ROOT / PORTIONS[portion] / "camserve" / portion / "py.typed").is_file()
+
+
+def entry_points() -> Iterator[tuple[str, importlib.metadata.EntryPoint]]:
+    """Those of pyproject.toml: what is installed may be of an earlier day."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    for group, named in groups.items():
+        for name, value in named.items():
+            yield group, importlib.metadata.EntryPoint(name, value, group)
+
+
+def test_every_entry_point_leads_somewhere():
+    """A command of the server is found under the name that it has itself, and `camserve --help` can tell what it does."""
+    told = {"camserve.commands": cli._TOLD, "camserve.commands.models": cli_models._TOLD}
+
+    for group, entry_point in entry_points():
+        loaded = entry_point.load()
+        if group in told:
+            assert isinstance(loaded, click.Command)
+            assert entry_point.name == loaded.name
+            assert entry_point.name in told[group]
 
 
 def test_no_stub_is_in_the_repository():
@@ -167,7 +191,7 @@ def test_a_server_command_without_the_server_says_what_to_install(source, tmp_pa
     """One line, no traceback."""
     bin_folder = install(tmp_path, source)
 
-    for command in (["serve"], ["serve", "--listen", "127.0.0.1:0"], ["demo"]):
+    for command in (["serve"], ["serve", "--listen", "127.0.0.1:0"], ["demo"], ["models", "check", "."]):
         done = run(bin_folder / "camserve", *command, cwd=tmp_path, check=False)
 
         assert 1 == done.returncode

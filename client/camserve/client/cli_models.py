@@ -26,6 +26,7 @@ Examples:
   camserve models --json | jq '.[].name'
   camserve models --server gpu7:50051
   camserve models show add               the card of a model that is called like a command
+  camserve models check /srv/models      would this folder be served? asks no server
 """
 _TOLD: Final = {
     "add": "Put an archive into a model repository.",

@@ -40,6 +40,8 @@ def show_card(card: ModelCard) -> None:
     """Prints what is known about a model, then its layers and its methods."""
     console = Console()
     facts = Table(title=f"{escape(card.name)}, version {escape(card.version)}", show_header=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")  # A digest that is cut short cannot be compared.
     labels = ", ".join(card.labels[:10]) + (" …" if len(card.labels) > 10 else "")
     shape = _sizes(card.input.shape)
     for key, value in (
@@ -53,6 +55,8 @@ def show_card(card: ModelCard) -> None:
         ("batch", _batch(card)),
         *([("plan", _plan(card))] if card.plan.form else []),
         ("model sha256", card.model_sha256),
+        ("of its weights", card.weights_sha256),
+        ("of its code", card.code_sha256),
         ("warm-up", f"{card.warm_up_seconds:.2f} s"),
         *(("note", note) for note in card.notes),
     ):
@@ -61,7 +65,7 @@ def show_card(card: ModelCard) -> None:
 
     layers = Table(title="Layers")
     for heading in ("name", "shape", "layout", "map", "refusal"):
-        layers.add_column(heading)
+        layers.add_column(heading, overflow="fold")
     for layer in card.layers:
         name = f"{layer.name} (default)" if layer.name == card.default_layer else layer.name
         layers.add_row(escape(name), _sizes(layer.shape), layer.layout, _sizes(layer.map_shape), escape(layer.refusal))

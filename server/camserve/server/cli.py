@@ -72,7 +72,7 @@ def serve(
     # Imported here: --help should not wait for pydantic, nor a mistyped flag for torch, which takes seconds.
     from camserve.server.logs import configure_logs  # noqa: PLC0415
     from camserve.server.models.sources import demo_sources, from_flag, scan_repository  # noqa: PLC0415
-    from camserve.server.settings import load_settings  # noqa: PLC0415
+    from camserve.server.settings import complaint, load_settings  # noqa: PLC0415
 
     try:
         settings = load_settings(config, **flags)
@@ -86,7 +86,7 @@ def serve(
 
         app = App(settings, sources or demo_sources())
     except ValueError as error:
-        raise click.ClickException(_first_lines(error)) from error
+        raise click.ClickException(complaint(error)) from error
     configure_logs(settings.log_format, settings.log_level)
     sys.exit(asyncio.run(_serve(app)))
 
@@ -139,9 +139,3 @@ async def _serve(app: Any) -> int:
     await loading
     gc.unfreeze()
     return status
-
-
-def _first_lines(error: ValueError) -> str:
-    """Pydantic ends every complaint with a link; the first lines name setting and mistake."""
-    lines = [line for line in str(error).split("\n") if "errors.pydantic.dev" not in line]
-    return "\n".join(lines)

@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from camserve.server.jobs import Lane
 from camserve.server.scheduling import Limits
 
-__all__ = ["Settings", "load_settings"]
+__all__ = ["Settings", "complaint", "load_settings"]
 
 _LARGEST_PORT = 65535
 
@@ -153,3 +153,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     in_environment = {variable.upper() for variable in os.environ}  # pydantic does not mind their case either.
     kept = {name: value for name, value in from_file.items() if f"CAMSERVE_{name.upper()}" not in in_environment}
     return Settings(**{**kept, **given})
+
+
+def complaint(error: ValueError) -> str:
+    """What a person is told of wrong settings: pydantic ends every complaint with a link, which helps nobody here."""
+    return "\n".join(line for line in str(error).split("\n") if "errors.pydantic.dev" not in line)
