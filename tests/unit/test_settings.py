@@ -103,6 +103,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
         ("max_held_bytes", 1),
         ("max_image_pixels", 0),
         ("drain_seconds", -1),
+        ("stall_seconds", 0),
         ("log_format", "xml"),
         ("log_level", "loud"),
     ],

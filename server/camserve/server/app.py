@@ -22,7 +22,8 @@ from grpc_reflection.v1alpha import reflection
 from camserve.server.decode import DecodeLimits
 from camserve.server.dispatch import dispatch
 from camserve.server.door import Door, DoorLimits
-from camserve.server.health import SERVICES, Health, MetricsPage
+from camserve.server.health import SERVICES, Health
+from camserve.server.heartbeat import Heartbeat
 from camserve.server.interceptors import CallInterceptor
 from camserve.server.jobs import Lane
 from camserve.server.metrics import Metrics
@@ -30,12 +31,14 @@ from camserve.server.models.compiling import compile_plan
 from camserve.server.models.loader import load_model
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
+from camserve.server.pages import Pages
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
 from camserve.server.runner import Runner
 from camserve.server.service import ExplanationServicer, ModelServicer
 from camserve.server.settings import Settings
 from camserve.server.validate import RequestLimits
+from camserve.server.watchdog import Watchdog
 from camserve.v1 import explanation_service_pb2_grpc, model_service_pb2_grpc
 
 __all__ = ["App", "resolve_device"]
@@ -69,7 +72,8 @@ class App:
         self.metrics_port = 0
         self._sources = list(sources)
         self._health = Health()
-        self._runner = Runner(self.metrics, settings.torch_threads)
+        self._heartbeat = Heartbeat()
+        self._runner = Runner(self.metrics, settings.torch_threads, self._heartbeat)
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
@@ -124,10 +128,23 @@ class App:
         reflection.enable_server_reflection((*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         await self._health.set_server(is_serving=False)
         self.port = server.add_insecure_port(settings.listen)
+        watchdog = Watchdog(
+            self._heartbeat,
+            loop=asyncio.get_running_loop(),
+            stall_seconds=settings.stall_seconds,
+            metrics=metrics,
+            on_change=self._health.set_stall,
+        )
+        self._closing.callback(watchdog.close)
         if settings.metrics_listen:
-            page = MetricsPage(metrics, settings.metrics_listen)
-            self.metrics_port = page.port
-            self._closing.callback(page.close)
+            pages = Pages(
+                settings.metrics_listen,
+                metrics.registry,
+                liveness=lambda: watchdog.stall,
+                readiness=lambda: self._health.why_not_ready() or watchdog.stall,
+            )
+            self.metrics_port = pages.port
+            self._closing.callback(pages.close)
         await server.start()
         self._server = server
         self._dispatching = asyncio.create_task(dispatch(queue, self._runner), name="camserve-dispatch")
@@ -150,7 +167,7 @@ class App:
                 most_threads=self.settings.torch_threads,
             )
             try:
-                served = await self._runner.call(load)
+                served = await self._runner.call(load, is_timed=False)
             except Exception as error:  # noqa: BLE001 - a model file is foreign code and may raise anything
                 _log.error("model failed to load", model=source.name, version=source.version, error=str(error))
                 self.repository.set_failed(source, str(error))

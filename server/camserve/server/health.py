@@ -1,64 +1,100 @@
-"""What others ask to know whether we are well: `grpc.health.v1` for probes and balancers, and the metrics page for Prometheus."""
+"""What others ask to know whether we are well: `grpc.health.v1` for probes and balancers; `pages.py` tells the same over HTTP.
+
+`app.py` tells what loads, serves and drains, and the watchdog what hangs; here it becomes one status for each name.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import start_http_server
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from camserve.server.metrics import Metrics
-
-__all__ = ["Health", "MetricsPage"]
+__all__ = ["SERVICES", "Health"]
 
 SERVICES = ("camserve.v1.ExplanationService", "camserve.v1.ModelService")
 
+_Status = health_pb2.HealthCheckResponse
 
-class Health:
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the library ships no types
     """The standard health service: one status for the whole server (""), each service, and `camserve/<model>`.
 
-    Unknown names get NOT_FOUND from Check and SERVICE_UNKNOWN from Watch, as the protocol says.
+    Unknown names get NOT_FOUND from Check and SERVICE_UNKNOWN from Watch, as the protocol says. Changed on the event loop, read
+    from any thread. Our own, since the library's forgets the other watchers of a name when one leaves.
+
+    Attributes:
+        stall: why the server hangs, or empty.
     """
 
     def __init__(self) -> None:
-        self._servicer = health.aio.HealthServicer()
+        self._is_serving: dict[str, bool] = {}
+        self._is_draining = False
+        self._changed = asyncio.Event()
+        self.stall = ""
 
     def add_to(self, server: Any) -> None:
         """Registers with a grpc.aio server."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     async def set_server(self, *, is_serving: bool) -> None:
         """Sets the whole server and its services."""
-        for service in ("", *SERVICES):
-            await self._servicer.set(service, _status(is_serving))
+        self._is_serving |= dict.fromkeys(("", *SERVICES), is_serving)
+        self._tell()
 
     async def set_model(self, name: str, *, is_serving: bool) -> None:
         """Sets one model."""
-        await self._servicer.set(f"camserve/{name}", _status(is_serving))
+        self._is_serving[f"camserve/{name}"] = is_serving
+        self._tell()
+
+    def set_stall(self, stall: str) -> None:
+        """Nothing serves while the server hangs; an empty text when it no longer does."""
+        self.stall = stall
+        self._tell()
 
     async def drain(self) -> None:
         """Everything is NOT_SERVING from now on, whatever is set later."""
-        await self._servicer.enter_graceful_shutdown()
+        self._is_draining = True
+        self._tell()
 
+    def why_not_ready(self) -> str:
+        """Why no requests should be sent; empty when they may."""
+        if self._is_draining:
+            return "draining"
+        return self.stall or ("" if self._is_serving.get("") else "loading")
 
-def _status(is_serving: bool) -> int:  # noqa: FBT001 - the value is the question
-    statuses = health_pb2.HealthCheckResponse
-    return statuses.SERVING if is_serving else statuses.NOT_SERVING  # type: ignore[no-any-return]
+    async def Check(  # noqa: N802 - the name is the contract's
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """Tells how a name is."""
+        status = self._status(request.service)
+        if status == _Status.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service or model")
+        return _Status(status=status)
 
+    async def Watch(  # noqa: N802 - the name is the contract's
+        self, request: health_pb2.HealthCheckRequest, _context: Any
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Tells how a name is, and again whenever that changes."""
+        told = None
+        while True:
+            changed = self._changed
+            status = self._status(request.service)
+            if status != told:
+                told = status
+                yield _Status(status=status)
+            else:
+                await changed.wait()
 
-class MetricsPage:
-    """`/metrics` over HTTP, in a thread of its own so that a scrape never waits for the event loop."""
+    def _status(self, name: str) -> int:
+        if name not in self._is_serving:
+            return _Status.SERVICE_UNKNOWN  # type: ignore[no-any-return]
+        is_serving = self._is_serving[name] and not self.stall and not self._is_draining
+        return _Status.SERVING if is_serving else _Status.NOT_SERVING  # type: ignore[no-any-return]
 
-    def __init__(self, metrics: Metrics, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        try:
-            self._server, self._thread = start_http_server(int(port), host.strip("[]"), metrics.registry)
-        except OSError as error:
-            raise OSError(f"metrics_listen {address}: {error.strerror}") from error
-        self.port: int = self._server.server_port
-
-    def close(self) -> None:
-        """Stops serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def _tell(self) -> None:
+        """Wakes everybody who watches; the next change has an event of its own."""
+        self._changed.set()
+        self._changed = asyncio.Event()

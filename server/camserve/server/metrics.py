@@ -1,7 +1,7 @@
 """Every instrument camserve exports, declared once, with units and buckets.
 
-`app.py` makes one `Metrics` for a server; the pipeline, the door, the dispatcher and the access record write to it, and the HTTP
-page of `health.py` reads its registry. Layers are never a label: their number has no bound.
+`app.py` makes one `Metrics` for a server; the pipeline, the door, the dispatcher and the access record write to it, and
+`pages.py` shows its registry. Layers are never a label: their number has no bound.
 """
 
 from __future__ import annotations
@@ -115,6 +115,14 @@ class Metrics:
             "camserve_device_busy_seconds_total",
             "Time in which the device thread ran a pass or a chunk.",
             registry=registry,
+        )
+        self.device_piece_seconds = Gauge(
+            "camserve_device_piece_seconds",
+            "Age of what the device thread is at: a pass, a chunk or a call; 0 while it is idle.",
+            registry=registry,
+        )
+        self.stalled = Gauge(
+            "camserve_stalled", "1 while a thread hangs: device or loop.", ["thread"], registry=registry
         )
         self.model_ready = Gauge(
             "camserve_model_ready", "1 for a model version that answers.", ["model", "version"], registry=registry

@@ -23,6 +23,7 @@ import torch
 
 from camserve.server.engine.passes import Amplification, Closed, Forwarded, Mapped, run_pass
 from camserve.server.failures import not_finite, row_failure
+from camserve.server.heartbeat import Heartbeat
 from camserve.server.jobs import PassFacts, SpecFailed
 from camserve.server.metrics import Metrics
 from camserve.server.queue import DeviceQueue, Entry, Turn
@@ -63,8 +64,9 @@ class _Amplified:
 class Runner:
     """Owns the device thread. Everything that touches a program runs there."""
 
-    def __init__(self, metrics: Metrics, torch_threads: int) -> None:
+    def __init__(self, metrics: Metrics, torch_threads: int, heartbeat: Heartbeat) -> None:
         self._metrics = metrics
+        self._heartbeat = heartbeat
         self._amplified: dict[Entry, _Amplified] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="camserve-device")
         # Both are written by the event loop and read by the device thread between two turns.
@@ -73,11 +75,21 @@ class Runner:
         if torch_threads:
             torch.set_num_threads(torch_threads)
 
-    async def call(self, work: Callable[[], _T]) -> _T:
-        """Runs something else on the device thread, such as loading a model; whatever it raises comes as an Exception."""
+    async def call(self, work: Callable[[], _T], *, is_timed: bool = True) -> _T:
+        """Runs something else on the device thread, such as loading a model; whatever it raises comes as an Exception.
+
+        Args:
+            work: takes no arguments.
+            is_timed: False for what may take as long as it likes without anybody thinking that it hangs.
+        """
+
+        def call() -> _T:
+            with self._heartbeat.during("call", is_timed=is_timed):
+                return _contained(work)
+
         self._calls += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, _contained, work)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         finally:
             self._calls -= 1
 
@@ -140,7 +152,8 @@ class Runner:
                 continue
             started = time.perf_counter()
             try:
-                amplified = self._pass(batch, loop)
+                with self._heartbeat.during("pass", batch[0].model.card.name, _request_ids(batch)):
+                    amplified = self._pass(batch, loop)
             except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
                 failure = row_failure(error, batch[0].job.model)
                 if len(batch) == 1:
@@ -216,11 +229,12 @@ class Runner:
         outcomes: Sequence[Outcome]
         is_whole = False
         try:
-            if self._is_last_call(amplified, work):
-                outcomes = work.finish_now()
-            else:
-                outcomes = work.advance()
-                is_whole = work.is_done and not any(isinstance(outcome, SpecFailed) for outcome in outcomes)
+            with self._heartbeat.during("chunk", entry.model.card.name, _request_ids([entry])):
+                if self._is_last_call(amplified, work):
+                    outcomes = work.finish_now()
+                else:
+                    outcomes = work.advance()
+                    is_whole = work.is_done and not any(isinstance(outcome, SpecFailed) for outcome in outcomes)
         except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
             failure = row_failure(error, entry.job.model)
             _log.warning(
@@ -269,6 +283,10 @@ class Runner:
         metrics.pass_seconds.labels(model, "forward").observe(facts.forward_seconds)
         metrics.pass_seconds.labels(model, "backward").observe(facts.backward_seconds)
         metrics.pass_seconds.labels(model, "maps").observe(closed.map_seconds)
+
+
+def _request_ids(entries: Sequence[Entry]) -> list[str]:
+    return [entry.job.request_id for entry in entries]
 
 
 def _stacked(samples: Sequence[npt.NDArray[np.generic]], rows: int) -> npt.NDArray[np.generic]:

@@ -29,7 +29,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CAMSERVE_", frozen=True, extra="forbid", protected_namespaces=())
 
     listen: str = Field("0.0.0.0:50051", description="Address and port for gRPC; port 0 picks a free one.")
-    metrics_listen: str = Field("0.0.0.0:8002", description="Address and port for the metrics page; empty for none.")
+    metrics_listen: str = Field(
+        "0.0.0.0:8002", description="Address and port for /metrics, /livez and /readyz; empty for none."
+    )
     repository: Path | None = Field(
         None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
     )
@@ -81,6 +83,11 @@ class Settings(BaseSettings):
         60.0,
         gt=0,
         description="Longest that one message may wait for its reader; then the call ends and frees its place.",
+    )
+    stall_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="A pass, chunk or call on the device that lasts longer counts as hanging; so does the event loop.",
     )
     drain_delay_seconds: float = Field(
         5.0, ge=0, description="Between not ready and refusing: time for balancers to notice. 0 in tests."
