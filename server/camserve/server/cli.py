@@ -22,6 +22,7 @@ Examples:
   camserve serve --model torchvision:resnet50           pretrained weights, needs a network
   camserve serve --model torchvision:resnet50 --random-weights 0
   camserve serve --models /srv/models --max-batch-rows 32 --log-format json
+  camserve serve --config camserve.toml --print-config  what would be set, and by whom
 
 Every setting can also be given as CAMSERVE_<NAME> or in the file named by --config.
 """
@@ -59,16 +60,26 @@ Every setting can also be given as CAMSERVE_<NAME> or in the file named by --con
 @click.option("--drain-seconds", type=float, help="Time to finish accepted requests.  [default: 30]")
 @click.option("--log-format", type=click.Choice(["console", "json"]), help="[default: console]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
-def serve(
+@click.option("--print-config", is_flag=True, help="Show every setting, its value and where it comes from, and exit.")
+@click.option("--json", "as_json", is_flag=True, help="With --print-config: as JSON.")
+def serve(  # noqa: PLR0913 - each is a flag of its own.
+    *,
     models: tuple[str, ...],
     size: int | None,
     labels: Path | None,
     random_seed: int | None,
-    is_compiled: bool,  # noqa: FBT001 - click passes flags by name.
+    is_compiled: bool,
     config: Path | None,
+    print_config: bool,
+    as_json: bool,
     **flags: Any,
 ) -> None:
     """Serve explanations of image models over gRPC."""
+    if as_json and not print_config:
+        raise click.UsageError("--json belongs to --print-config; logs become JSON by --log-format json")
+    if print_config:
+        _print_config(config, flags, as_json=as_json)
+        return
     # Imported here: --help should not wait for pydantic, nor a mistyped flag for torch, which takes seconds.
     from camserve.server.logs import configure_logs  # noqa: PLC0415
     from camserve.server.models.sources import demo_sources, from_flag, scan_repository  # noqa: PLC0415
@@ -89,6 +100,18 @@ def serve(
         raise click.ClickException(complaint(error)) from error
     configure_logs(settings.log_format, settings.log_level)
     sys.exit(asyncio.run(_serve(app)))
+
+
+def _print_config(config: Path | None, flags: dict[str, Any], *, as_json: bool) -> None:
+    from camserve.server.settings import complaint, load_sourced_settings  # noqa: PLC0415
+    from camserve.server.settings_page import json_page, toml_page  # noqa: PLC0415
+
+    spelled = {str(option.name): option.opts[0] for option in click.get_current_context().command.params}
+    try:
+        sourced = load_sourced_settings(config, **flags)
+    except ValueError as error:
+        raise click.ClickException(complaint(error)) from error
+    click.echo(json_page(sourced, spelled) if as_json else toml_page(sourced, spelled))
 
 
 async def _serve(app: Any) -> int:

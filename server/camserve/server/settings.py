@@ -6,9 +6,12 @@ then handed to `app.py` as plain values.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +21,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from camserve.server.jobs import Lane
 from camserve.server.scheduling import Limits
 
-__all__ = ["Settings", "complaint", "load_settings"]
+__all__ = [
+    "Settings",
+    "Source",
+    "SourceKind",
+    "SourcedSettings",
+    "complaint",
+    "load_settings",
+    "load_sourced_settings",
+]
 
 _LARGEST_PORT = 65535
 
@@ -139,7 +150,42 @@ class Settings(BaseSettings):
         )
 
 
+class SourceKind(enum.StrEnum):
+    """Where a value comes from; the later ones win."""
+
+    DEFAULT = "default"
+    FILE = "file"
+    ENVIRONMENT = "environment"
+    FLAG = "flag"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the value of one setting comes from.
+
+    Attributes:
+        kind: which of the places.
+        place: path of the file, or name of the variable as it is written; empty for the others.
+    """
+
+    kind: SourceKind
+    place: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SourcedSettings:
+    """Settings, and where each of them comes from."""
+
+    settings: Settings
+    sources: Mapping[str, Source]
+
+
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Builds settings as `load_sourced_settings` does, for those who do not ask where they come from."""
+    return load_sourced_settings(config, **flags).settings
+
+
+def load_sourced_settings(config: Path | None = None, **flags: Any) -> SourcedSettings:
     """Builds settings: flags over environment over configuration file over defaults.
 
     Args:
@@ -157,9 +203,21 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{config} is not TOML: {error}") from error
     given = {name: value for name, value in flags.items() if value is not None}
-    in_environment = {variable.upper() for variable in os.environ}  # pydantic does not mind their case either.
-    kept = {name: value for name, value in from_file.items() if f"CAMSERVE_{name.upper()}" not in in_environment}
-    return Settings(**{**kept, **given})
+    in_environment = {
+        variable.upper(): variable for variable in os.environ
+    }  # pydantic does not mind their case either.
+    variables = {name: in_environment.get(f"CAMSERVE_{name.upper()}") for name in {*Settings.model_fields, *from_file}}
+    kept = {name: value for name, value in from_file.items() if variables[name] is None}
+
+    def source(name: str) -> Source:
+        if name in given:
+            return Source(kind=SourceKind.FLAG)
+        if (variable := variables[name]) is not None:
+            return Source(kind=SourceKind.ENVIRONMENT, place=variable)
+        return Source(kind=SourceKind.FILE, place=str(config)) if name in kept else Source(kind=SourceKind.DEFAULT)
+
+    settings = Settings(**{**kept, **given})
+    return SourcedSettings(settings=settings, sources={name: source(name) for name in Settings.model_fields})
 
 
 def complaint(error: ValueError) -> str:
