@@ -130,6 +130,37 @@ def test_passes_wait_for_one_chunk_at_most() -> None:
     assert 0.02 + LIMITS.window_seconds >= max(waits)
 
 
+def test_a_full_pass_does_not_make_the_next_wait_for_chunks() -> None:
+    """Bursts of passes that take half of the device wait for the chunk under way, however long the pass before them was."""
+    simulation = Simulation(FixedCosts.of(0.0, 0.02, chunk=0.02), Limits(window_seconds=0.0, max_pass_seconds=1.0))
+    amplified = [Request(chunks=1000, is_only_chunks=True) for _ in range(4)]
+    # A full pass of 16 rows, 0.32 s, and behind it at once somebody else's.
+    bursts = [
+        Request(announced_at=0.8 * turn + (0.1 if place == 16 else 0.0)) for turn in range(8) for place in range(17)
+    ]
+    simulation.run([*amplified, *bursts], until=6.4)
+
+    passes = [ran for ran in simulation.ran if not ran.decision.is_chunk]
+    assert 8 * 17 == sum(len(ran.candidates) for ran in passes)
+    busy = [(ran.started_at, ran.ended_at) for ran in passes]
+    waits = [
+        ran.started_at - max([entry.enqueued_at, *(end for start, end in busy if start < ran.started_at)])
+        for ran in passes
+        for entry in ran.candidates
+    ]
+    assert 0.02 + 1e-6 >= max(waits)
+
+
+def test_passes_without_end_leave_chunks_a_quarter() -> None:
+    """Where passes alone would fill a lane, amplified work beside them gets a quarter of it, and is never far behind."""
+    simulation = Simulation(FixedCosts.of(0.002, 0.001, chunk=0.02), LIMITS)
+    amplified = [Request(chunks=10**6, is_only_chunks=True, key=OTHER_KEY) for _ in range(4)]
+    simulation.run([*amplified, *flood(Lane.STANDARD)], until=8.0)
+
+    chunks = sum(ran.ended_at - ran.started_at for ran in simulation.ran if ran.decision.is_chunk)
+    assert 0.22 <= chunks / 8.0 <= 0.26
+
+
 def test_amplified_works_go_on_in_turn() -> None:
     """Of several works of one lane none is done before another has half its chunks."""
     simulation = Simulation(FixedCosts.of(0.002, 0.001), LIMITS)

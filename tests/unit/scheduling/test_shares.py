@@ -6,7 +6,7 @@ import pytest
 
 from camserve.server.jobs import Lane
 from camserve.server.scheduling.planner import WEIGHTS
-from camserve.server.scheduling.shares import Account, Charge, Shares
+from camserve.server.scheduling.shares import PASS_WEIGHT, Account, Charge, Shares
 
 BULK = Charge(Lane.BULK, "caller", is_chunk=False, part=1.0)
 
@@ -45,7 +45,7 @@ def test_lanes_pay_by_weight_and_get_back_what_was_too_much() -> None:
 
     assert (2.0, 0.5) == (charged.lanes.standing(Lane.BULK), corrected.lanes.standing(Lane.BULK))
     assert 0.5 == corrected.of_callers(Lane.BULK).standing("caller")
-    assert 0.5 == corrected.of_class(Lane.BULK).standing(BULK.is_chunk)
+    assert 0.5 == pytest.approx(PASS_WEIGHT * corrected.of_class(Lane.BULK).standing(BULK.is_chunk))
     hurried = Shares().charged([Charge(Lane.INTERACTIVE, "caller", is_chunk=False, part=1.0)], 2.0, WEIGHTS)
     assert 2.0 / 6 == pytest.approx(hurried.lanes.standing(Lane.INTERACTIVE))
 

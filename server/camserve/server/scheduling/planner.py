@@ -2,8 +2,8 @@
 
 `queue.py` calls `decide` whenever the device is free and something changed. In words, docs/scheduling.md; in short:
 
-1. The lane that has had least of its share is due; within it passes or chunks of amplified work, whichever have had less; within
-   those, callers that have not had more than others before those that have, then the earliest deadline, then arrival.
+1. The lane that has had least of its share is due; within it passes, unless chunks of amplified work lag behind their share;
+   within those, callers that have not had more than others before those that have, then the earliest deadline, then arrival.
 2. The first of these whose batch need not be waited for is the head. Rows of its key fill the batch: those of its lane, then
    riders of other lanes.
 3. Rows of different depths ride together, unless apart they take the device clearly less time; the head's part goes.
@@ -32,6 +32,9 @@ WEIGHTS: Mapping[Lane, float] = MappingProxyType({Lane.INTERACTIVE: 6.0, Lane.ST
 
 # Callers whose use of the device differs by less than this go by deadline: about one chunk.
 _EVEN_SECONDS = 0.02
+# Passes of a lane go before its chunks while these lag no further than this behind: a burst of cheap requests waits for the chunk
+# under way and no other, and only a lasting load of them is held to its share.
+_CHUNKS_LAG_SECONDS = 0.25
 # Passes apart must be predicted to take no more than this part of one together: estimates scatter, they count rows that want less
 # than the deepest as if they wanted its maps as well, and each pass more is one more wait for those behind it.
 _CLEARLY_CHEAPER = 0.75
@@ -169,7 +172,8 @@ class _Desk:
         lanes = self._shares.lanes
         for lane in sorted(self._lanes, key=lambda lane: (lanes.standing(lane), _URGENCY[lane])):
             of_class = self._shares.of_class(lane)
-            for is_chunk in sorted((False, True), key=of_class.standing):
+            are_chunks_due = of_class.standing(True) + _CHUNKS_LAG_SECONDS < of_class.standing(False)  # noqa: FBT003
+            for is_chunk in (True, False) if are_chunks_due else (False, True):
                 for entry in self._in_turn(lane, is_chunk=is_chunk):
                     if is_chunk:
                         return self._chunk(entry)

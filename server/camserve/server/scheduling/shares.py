@@ -16,9 +16,12 @@ from typing import Generic, TypeVar
 
 from camserve.server.jobs import Lane
 
-__all__ = ["Account", "Charge", "Shares"]
+__all__ = ["PASS_WEIGHT", "Account", "Charge", "Shares"]
 
 _K = TypeVar("_K", bound=Hashable)
+
+PASS_WEIGHT = 3.0
+"""Passes get so much of a lane for each part that chunks of amplified work get, while both wait."""
 
 # Callers beyond the floor that are remembered; those who had least of it are forgotten first.
 _MOST_REMEMBERED = 1024
@@ -71,7 +74,7 @@ class Charge:
     Attributes:
         lane: whose share it comes from.
         caller: likewise, within the lane.
-        is_chunk: likewise: amplified work and passes share a lane evenly.
+        is_chunk: likewise: passes and chunks of amplified work share a lane by weight.
         part: of the whole pass, 0 to 1.
         is_rider: the lane was not at its turn, and free rows were filled with it.
     """
@@ -92,7 +95,7 @@ class Shares:
     callers: Mapping[Lane, Account[str]] = dataclasses.field(default_factory=dict)
 
     def of_class(self, lane: Lane) -> Account[bool]:
-        """Of passes (False) and chunks (True) within a lane."""
+        """Of passes (False; seconds over their weight) and chunks (True) within a lane."""
         return self.classes.get(lane) or Account()
 
     def of_callers(self, lane: Lane) -> Account[str]:
@@ -125,7 +128,8 @@ class Shares:
             lane, amount = charge.lane, charge.part * seconds
             lanes[lane] = lanes.get(lane, 0.0) + amount / weights[lane]
             of_class = classes.setdefault(lane, {})
-            of_class[charge.is_chunk] = of_class.get(charge.is_chunk, 0.0) + amount
+            paid = amount if charge.is_chunk else amount / PASS_WEIGHT
+            of_class[charge.is_chunk] = of_class.get(charge.is_chunk, 0.0) + paid
             of_caller = callers.setdefault(lane, {})
             of_caller[charge.caller] = of_caller.get(charge.caller, 0.0) + amount
             if charge.is_rider and rider_seconds is not None:
