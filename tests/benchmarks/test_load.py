@@ -1,7 +1,8 @@
 """What a server does when more is asked of it than it can do, and what callers notice of each other. Printed by `make bench`.
 
 Each against a `camserve serve` process, so that the generator shares nothing with it but the machine. LOAD_SECONDS is the
-length of every step (10), LOAD_SIZE the side of the input in pixels (224), LOAD_ROUNDS how often compared ones take turns (3).
+length of every step (10), LOAD_SIZE the side of the input in pixels (224), LOAD_ROUNDS how often compared ones take turns (3),
+LOAD_MODEL a network of torchvision (resnet18).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1800)]
 SECONDS = float(os.environ.get("LOAD_SECONDS", "10"))
 SIZE = int(os.environ.get("LOAD_SIZE", "224"))
 ROUNDS = int(os.environ.get("LOAD_ROUNDS", "3"))
+MODEL = os.environ.get("LOAD_MODEL", "resnet18")
 WARM_UP = min(2.0, SECONDS / 4)
 SLICE = 0.02
 # A request takes about so many passes of the device at peak before it is too late.
@@ -45,8 +47,8 @@ LATEST = 0.02
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ResNet-18."""
-    return resnet("resnet18", tmp_path_factory.mktemp("resnet18"))
+    """The model of most tests here."""
+    return resnet(MODEL, tmp_path_factory.mktemp("archive"))
 
 
 def asked(method: str | Spec, **options: object) -> Mix:
