@@ -220,6 +220,6 @@ def load_sourced_settings(config: Path | None = None, **flags: Any) -> SourcedSe
     return SourcedSettings(settings=settings, sources={name: source(name) for name in Settings.model_fields})
 
 
-def complaint(error: ValueError) -> str:
+def complaint(error: Exception) -> str:
     """What a person is told of wrong settings: pydantic ends every complaint with a link, which helps nobody here."""
     return "\n".join(line for line in str(error).split("\n") if "errors.pydantic.dev" not in line)

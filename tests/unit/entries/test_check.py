@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from support.nets import TinyNet
 
 from camserve.client import Client
-from camserve.server.entries.command import check
+from camserve.server.entries.check_command import check
 from camserve.server.models.sources import scan_repository
 
 # What differs from load to load: times, and what was chosen by time.

@@ -1,7 +1,8 @@
 """Builds eager models by name: torchvision's, timm's, or an allow-listed function of the operator's own.
 
-Arrives: a name and exactly one source of weights. Leaves: an `EagerProgram`. The loader calls this for `model.toml` and for
-`camserve serve --model`; names from requests never come here, since importing a module runs its code.
+Arrives: a name and exactly one source of weights. Leaves: an `EagerProgram`, or the module alone. The loader calls this for
+`model.toml` and for `camserve serve --model`, `camserve models export` for what it writes; names from requests never come here,
+since importing a module runs its code.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from camserve.server.engine.eager import EagerProgram
 from camserve.server.engine.look import message_of
 from camserve.server.errors import InvalidRequest, NotFound, Reason, Unsupported
 
-__all__ = ["load_factory"]
+__all__ = ["build_module", "load_factory"]
 
 
 def load_factory(  # noqa: PLR0913 - each is a setting of its own in model.toml.
@@ -38,6 +39,27 @@ def load_factory(  # noqa: PLR0913 - each is a setting of its own in model.toml.
     dtype: torch.dtype = torch.float32,
     options: Mapping[str, Any] | None = None,
 ) -> EagerProgram:
+    """Builds a model as `build_module` does, and makes a program of it on `device` that computes in `dtype`."""
+    module = build_module(
+        name,
+        weights=weights,
+        random_seed=random_seed,
+        pretrained=pretrained,
+        allowed_imports=allowed_imports,
+        options=options,
+    )
+    return EagerProgram(module, device=device, dtype=dtype)
+
+
+def build_module(
+    name: str,
+    *,
+    weights: Path | None = None,
+    random_seed: int | None = None,
+    pretrained: bool = False,
+    allowed_imports: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Builds a model and gives it its weights. Exactly one of `weights`, `random_seed` and `pretrained` is named.
 
     The global random state is as before when this returns.
@@ -48,8 +70,6 @@ def load_factory(  # noqa: PLR0913 - each is a setting of its own in model.toml.
         random_seed: initialises the model as its library does, from this seed.
         pretrained: the weights the library publishes, downloaded if it must; for an import path, those the function returns.
         allowed_imports: `package.module:function`, or `package.module` for all its functions.
-        device: where it runs.
-        dtype: the floating dtype it computes in.
         options: keyword arguments of the factory, such as `num_classes`.
 
     Raises:
@@ -71,7 +91,7 @@ def load_factory(  # noqa: PLR0913 - each is a setting of its own in model.toml.
         )
     if weights is not None:
         _load_weights(name, module, weights)
-    return EagerProgram(module, device=device, dtype=dtype)
+    return module
 
 
 def _check_one_source(name: str, *, weights: Path | None, random_seed: int | None, is_pretrained: bool) -> None:

@@ -1,4 +1,4 @@
-"""Accounts of checked models for people and for programs; `command.py` prints them on standard output."""
+"""Accounts of checked models for people and for programs; `check_command.py` prints them on standard output."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Loads the models of a repository one after another, as a server with the same settings would, and tells how each fares.
 
 Arrives: a folder and settings. Leaves: an account of each version, with its card or the reason why it has none. Nothing listens,
-nothing is kept. `command.py` prints the accounts; `adding.py` asks for one before it lets an archive in.
+nothing is kept. `check_command.py` prints the accounts; `adding.py` asks for one before it lets an archive in.
 """
 
 from __future__ import annotations

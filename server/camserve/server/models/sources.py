@@ -12,7 +12,15 @@ from pathlib import Path
 
 from camserve.server.models.config import FactoryConfig, InputConfig, ModelConfig, PlanConfig, read_config, read_labels
 
-__all__ = ["ModelSource", "demo_sources", "from_flag", "scan_model", "scan_repository", "version_order"]
+__all__ = [
+    "ModelSource",
+    "demo_sources",
+    "from_flag",
+    "is_model_name",
+    "scan_model",
+    "scan_repository",
+    "version_order",
+]
 
 # In order of preference when a version folder holds several.
 _FILES = ("model.pt2", "model.pt", "weights.safetensors", "weights.pth")
@@ -71,6 +79,11 @@ def scan_model(folder: Path) -> ModelSource:
     if not versions:
         raise ValueError(f"{folder} holds no version: expected {folder}/1/ with one of {', '.join(_FILES)}")
     return versions[-1]
+
+
+def is_model_name(text: str) -> bool:
+    """Whether a model may be called so: nothing that leads out of a folder is."""
+    return _NAME.fullmatch(text) is not None
 
 
 def _version(name: str, folder: Path, config: ModelConfig) -> ModelSource | None:
@@ -132,6 +145,6 @@ def demo_sources() -> list[ModelSource]:
 
 
 def _checked(name: str, advice: str = "") -> str:
-    if not _NAME.fullmatch(name):
+    if not is_model_name(name):
         raise ValueError(f"{name!r} is not a model name; use letters, digits, '.', '_' and '-', at most 64{advice}")
     return name

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from camserve.server.entries.place_options import let_torch_be_quiet
 
 if TYPE_CHECKING:
     from camserve.server.entries.check import Finding
@@ -54,8 +55,7 @@ def check(
     from camserve.server.entries.check import check_all, findings  # noqa: PLC0415
     from camserve.server.settings import complaint, load_settings  # noqa: PLC0415
 
-    # Serving archives that PyTorch calls deprecated is what we are for.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=FutureWarning)
+    let_torch_be_quiet()
     accounts = []
     try:
         settings = load_settings(config, **flags)
