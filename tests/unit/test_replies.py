@@ -33,13 +33,15 @@ class CountingLoop:
 
 
 async def test_outcomes_come_in_order():
-    """What was put first is read first; an error is an outcome like any other."""
+    """What was put first is read first; an error is an outcome like any other, and is raised."""
     reply, row, error = Reply(), forwarded(1), ExecutionFailed(Reason.MODEL_FAILED, "no")
     reply.put(row)
     reply.put(error)
 
     assert row is await reply.next()
-    assert error is await reply.next()
+    with pytest.raises(ExecutionFailed) as caught:
+        await reply.next()
+    assert error is caught.value
 
 
 async def test_letters_cross_from_the_device_thread_in_order():

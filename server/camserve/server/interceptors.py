@@ -12,18 +12,22 @@ import inspect
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from camserve.server.access import AccessRecord, open_record
-from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, Reason
+from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.wire.answers import status_of
 
 __all__ = ["CallInterceptor"]
+
+_T = TypeVar("_T")
+_Reader: TypeAlias = Callable[[bytes], Any]
 
 _log = structlog.get_logger("camserve.calls")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -47,28 +51,43 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
-        rpc = handler_call_details.method
+        rpc, read = handler_call_details.method, handler.request_deserializer
+        # Messages are read here and not by gRPC, which says UNKNOWN where one cannot be.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._streaming(rpc, handler.unary_stream), handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(rpc, handler.unary_unary), handler.request_deserializer, handler.response_serializer
-        )
+            streaming = self._streaming(rpc, read, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(streaming, None, handler.response_serializer)
+        unary = self._unary(rpc, read, handler.unary_unary)
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
-    def _streaming(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
-        async def call(request: Any, context: Any) -> None:
-            record = self._open(rpc, context)
+    def _streaming(self, rpc: str, read: _Reader | None, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+        async def answer(message: bytes, record: AccessRecord, context: Any) -> None:
+            messages = inner(_read(message, read, rpc), context)
+            if inspect.isasyncgen(messages):
+                # Closed here rather than by the garbage collector: a caller who left gives its place back at once.
+                async with contextlib.aclosing(messages):
+                    await self._write_all(messages, record, context)
+            else:
+                await messages  # The health service's Watch writes to the context instead of yielding.
+
+        return self._around(rpc, answer)
+
+    def _unary(self, rpc: str, read: _Reader | None, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        async def answer(message: bytes, _record: AccessRecord, context: Any) -> Any:
+            given = inner(_read(message, read, rpc), context)
+            return await given if asyncio.iscoroutine(given) else given
+
+        return self._around(rpc, answer)
+
+    def _around(
+        self, rpc: str, answer: Callable[[bytes, AccessRecord, Any], Awaitable[_T]]
+    ) -> Callable[..., Awaitable[_T]]:
+        async def call(message: bytes, context: Any) -> _T:
+            record = AccessRecord(rpc=rpc, peer=context.peer())
+            open_record(record)
             try:
-                answer = inner(request, context)
-                if inspect.isasyncgen(answer):
-                    # Closed here rather than by the garbage collector: a caller who left gives its place back at once.
-                    async with contextlib.aclosing(answer) as messages:
-                        await self._write_all(messages, record, context)
-                else:
-                    await answer  # The health service's Watch writes to the context instead of yielding.
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - every error needs a status
-                await _end(error, record, context)
+                given = answer(message, record, context)
+                del message
+                return await _ended(given, record, context)
             finally:
                 record.close(self._metrics)
 
@@ -98,33 +117,42 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 "the answer could not be sent in time because it was not read; read the stream as it comes",
             ) from error
 
-    def _unary(self, rpc: str, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, context: Any) -> Any:
-            record = self._open(rpc, context)
-            try:
-                answer = inner(request, context)
-                return await answer if asyncio.iscoroutine(answer) else answer
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - every error needs a status
-                await _end(error, record, context)
-            finally:
-                record.close(self._metrics)
 
-        return call
-
-    def _open(self, rpc: str, context: Any) -> AccessRecord:
-        record = AccessRecord(rpc=rpc, peer=context.peer())
-        open_record(record)
-        return record
+def _read(message: bytes, read: _Reader | None, rpc: str) -> Any:
+    if read is None:
+        return message
+    try:
+        return read(message)
+    except DecodeError as error:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"{len(message)} bytes arrived that are no request of {rpc}: cut short, corrupt, or with text that is not UTF-8",
+            metadata={"bytes": len(message), "rpc": rpc},
+        ) from error
 
 
-async def _end(error: BaseException, record: AccessRecord, context: Any) -> NoReturn:
-    """Ends a call with the status that belongs to an error."""
-    if isinstance(error, asyncio.CancelledError):
+async def _ended(answer: Awaitable[_T], record: AccessRecord, context: Any) -> _T:
+    """Awaits the answer; ends the call with the status that belongs to whatever comes in its place.
+
+    gRPC keeps the error of a call that was aborted, with all frames and errors behind it, until the next full garbage collection.
+    So the status is all that is left of the error when the call is aborted: a refused picture must not stay in memory.
+    """
+    try:
+        return await answer
+    except asyncio.CancelledError:
         record.code = "CANCELLED"
-        raise error
-    if isinstance(error, grpc.aio.AbortError):
+        raise
+    except grpc.aio.AbortError:
         record.code = context.code().name
-        raise error
+        raise
+    except Exception as error:  # noqa: BLE001 - every error needs a status
+        status = _status(error, record)
+    await context.abort(_CODES[status.code], status.message, ((_DETAILS_KEY, status.SerializeToString()),))
+    raise AssertionError("This is a bug: abort returned")
+
+
+def _status(error: Exception, record: AccessRecord) -> status_pb2.Status:
+    """What the caller is told of an error, noted in the record; what we did not expect is logged."""
     if not isinstance(error, CamserveError):
         _log.exception("unexpected error", rpc=record.rpc, request_id=record.request_id, exc_info=error)
         error = ExecutionFailed(
@@ -133,10 +161,8 @@ async def _end(error: BaseException, record: AccessRecord, context: Any) -> NoRe
             metadata={"requestId": record.request_id},
         )
     status = _within_trailers(error)
-    code = _CODES[status.code]
-    record.code, record.reason, record.message = code.name, str(error.reason), status.message
-    await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
-    raise AssertionError("This is a bug: abort returned")
+    record.code, record.reason, record.message = _CODES[status.code].name, str(error.reason), status.message
+    return status
 
 
 def _within_trailers(error: CamserveError) -> status_pb2.Status:

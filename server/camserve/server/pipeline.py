@@ -80,7 +80,9 @@ class Pipeline:
         with clock.stage("queue"):
             forwarded = await reply.next()
         if not isinstance(forwarded, RowForwarded):
-            raise _row_failure(forwarded)
+            raise ExecutionFailed(
+                Reason.INTERNAL, f"this is a bug: {type(forwarded).__name__} came before the prediction"
+            )
         queue_seconds = forwarded.started_at - enqueued_at
         self._metrics.queue_seconds.labels(job.model).observe(queue_seconds)
         self._metrics.first_message_seconds.labels(job.model).observe(time.monotonic() - job.received_at)
@@ -124,8 +126,6 @@ class Pipeline:
                     return
                 case RowForwarded():
                     continue
-                case CamserveError():
-                    raise outcome
 
     async def _in_worker(self, work: Callable[[], _T], deadline: float | None) -> _T:
         async with asyncio.timeout_at(deadline):
@@ -221,9 +221,3 @@ def _held_bytes(job: jobs.Job, model: ServedModel, limits: DecodeLimits) -> int:
 def _reference_bytes(payload: jobs.JobInput, model: ServedModel, limits: DecodeLimits) -> int:
     pixels = measure(payload, limits)
     return held_bytes(payload, model.card.recipe, pixels=pixels, keep_source=False, source_size_maps=0)
-
-
-def _row_failure(outcome: object) -> CamserveError:
-    if isinstance(outcome, CamserveError):
-        return outcome
-    return ExecutionFailed(Reason.INTERNAL, f"this is a bug: {type(outcome).__name__} came before the prediction")

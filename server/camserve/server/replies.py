@@ -14,7 +14,7 @@ from typing import TypeAlias
 from camserve.server.errors import CamserveError
 from camserve.server.jobs import PassFacts, RawMap, Reading, SpecFailed
 
-__all__ = ["Outcome", "Reply", "RowForwarded", "deliver"]
+__all__ = ["Answer", "Outcome", "Reply", "RowForwarded", "deliver"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,7 +30,8 @@ class RowForwarded:
     started_at: float
 
 
-Outcome: TypeAlias = RowForwarded | RawMap | SpecFailed | PassFacts | CamserveError
+Answer: TypeAlias = RowForwarded | RawMap | SpecFailed | PassFacts
+Outcome: TypeAlias = Answer | CamserveError
 
 
 class Reply:
@@ -51,10 +52,11 @@ class Reply:
         self._outcomes.append(outcome)
         self._wake()
 
-    async def next(self) -> Outcome:
-        """Waits for the next outcome. A `CamserveError` means the whole row failed.
+    async def next(self) -> Answer:
+        """Waits for the next outcome.
 
         Raises:
+            CamserveError: the whole row failed.
             TimeoutError: the deadline passed, and nothing lies here.
         """
         while not self._outcomes:
@@ -62,7 +64,14 @@ class Reply:
                 raise TimeoutError
             self._awaited = asyncio.get_running_loop().create_future()
             await self._awaited
-        return self._outcomes.popleft()
+        outcome = self._outcomes.popleft()
+        if not isinstance(outcome, CamserveError):
+            return outcome
+        try:
+            raise outcome
+        finally:
+            # An error that its own frames hold keeps them, and with them the request, until somebody collects garbage.
+            del outcome
 
     def abandon(self) -> None:
         """Nobody waits any more: work not yet done need not be."""
