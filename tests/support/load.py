@@ -22,12 +22,26 @@ import numpy as np
 import torch
 import torchvision
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from support.processes import ServerProcess
 
 from camserve.client import TensorInput
 from camserve.client.bench import Record, Step, input_bytes
 
-__all__ = ["Served", "machine_load", "measuring", "percentile", "random_input", "refused", "resnet", "served", "unread"]
+__all__ = [
+    "Served",
+    "machine_load",
+    "measuring",
+    "percentile",
+    "random_input",
+    "refused",
+    "resnet",
+    "served",
+    "served_folder",
+    "started",
+    "total",
+    "unread",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +49,31 @@ class Served:
     """A server under load.
 
     Attributes:
-        port: of gRPC.
-        pid: of its process.
+        process: it runs in.
         log: its lines, as JSON.
     """
 
-    port: int
-    pid: int
+    process: ServerProcess
     log: Path
+
+    @property
+    def port(self) -> int:
+        """Of gRPC."""
+        return int(self.process.target.rpartition(":")[2])
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self.process.pid
 
     @property
     def target(self) -> str:
         """Where to connect."""
         return f"127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        """Lets it drain and waits for its end."""
+        self.process.end()
 
     def calls(self, since: int = 0) -> list[Mapping[str, object]]:
         """The access lines from the `since`-th on: status and seconds of each call, as the server saw it."""
@@ -55,18 +81,27 @@ class Served:
         read = [json.loads(line) for line in lines if line.startswith("{")]
         return [line for line in read if line.get("event") == "call" and line["rpc"].endswith("/Explain")][since:]
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum of all samples of that name whose labels hold these, as the page is now."""
+    @property
+    def metrics_port(self) -> int:
+        """Of the metrics page."""
         found = re.search(r"metrics on port (\d+)", self.log.read_text(encoding="utf-8", errors="replace"))
         assert found is not None
-        with urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/metrics", timeout=10) as answer:
+        return int(found[1])
+
+    def metrics(self) -> list[Sample]:
+        """Every sample of the metrics page as it is now."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
             page = answer.read().decode()
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(page)
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        return [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of all samples of that name whose labels hold these, as the page is now."""
+        return total(self.metrics(), name, **labels)
+
+
+def total(samples: Sequence[Sample], name: str, **labels: str) -> float:
+    """Sum of the samples of that name whose labels hold these."""
+    return sum(sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items())
 
 
 @contextlib.contextmanager
@@ -79,24 +114,39 @@ def served(archive: Path, size: int, log: Path, **settings: object) -> Iterator[
         log: where its lines go.
         settings: by name, such as `slice_seconds=0.02`.
     """
-    flags = [
-        "--listen",
-        "[::]:0",
-        "--metrics-listen",
-        "127.0.0.1:0",
-        "--drain-delay-seconds",
-        "0",
-        "--log-format",
-        "json",
-    ]
+    server = started(["--model", f"net={archive}", "--size", str(size), "--listen", "[::]:0"], log, **settings)
+    with contextlib.closing(server):
+        yield server
+
+
+@contextlib.contextmanager
+def served_folder(
+    repository: Path, log: Path, environment: Mapping[str, str] | None = None, **settings: object
+) -> Iterator[Served]:
+    """`camserve serve` with a repository.
+
+    Args:
+        repository: its folder.
+        log: where its lines go.
+        environment: of the process; this one's unless told.
+        settings: by name, such as `slice_seconds=0.02`.
+    """
+    server = started(["--models", str(repository), "--listen", "127.0.0.1:0"], log, environment, **settings)
+    with contextlib.closing(server):
+        yield server
+
+
+def started(
+    flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, **settings: object
+) -> Served:
+    """`camserve serve` with these flags, once it is ready: logs as JSON, a free port for metrics, no pause before draining."""
     program = str(Path(sys.executable).with_name("camserve"))
-    run = ["-W", "ignore", program, "serve", "--model", f"net={archive}", "--size", str(size), *flags]
+    common = ["--metrics-listen", "127.0.0.1:0", "--drain-delay-seconds", "0", "--log-format", "json"]
     given = {f"CAMSERVE_{name.upper()}": str(value) for name, value in settings.items()}
-    process = ServerProcess(run, log, {**os.environ, **given})
-    try:
-        yield Served(port=int(process.target.rpartition(":")[2]), pid=process.pid, log=log)
-    finally:
-        process.end()
+    command = ["-W", "ignore", program, "serve", *flags, *common]
+    return Served(
+        process=ServerProcess(command, log, {**(os.environ if environment is None else environment), **given}), log=log
+    )
 
 
 @contextlib.contextmanager

@@ -45,10 +45,19 @@ class ServerProcess:
         """Its resident set."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
+    def ask_to_end(self) -> None:
+        """Sends SIGTERM; once is a drain, twice is the end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def ended(self, timeout_seconds: float = 60) -> int:
+        """Waits until it has ended; its exit status."""
+        return self._process.wait(timeout=timeout_seconds)
+
     def end(self) -> None:
         """Asks it to stop and waits."""
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout=60)
+        if self._process.poll() is None:
+            self.ask_to_end()
+        self.ended()
 
     def _port(self) -> int:
         """Reads the log until it tells the port: a process says nothing else that could be awaited."""
@@ -83,11 +92,15 @@ def camserve_process(archive: Path, size: int, log: Path, environment: Mapping[s
 
 
 @contextlib.contextmanager
-def control_process(messages: Sequence[bytes], folder: Path, environment: Mapping[str, str]) -> Iterator[ServerProcess]:
-    """The control, which answers with these messages."""
+def control_process(
+    messages: Sequence[bytes], folder: Path, environment: Mapping[str, str], pause_seconds: float = 0
+) -> Iterator[ServerProcess]:
+    """The control, which answers with these messages, so long a pause before each."""
     told = folder / "messages.hex"
     told.write_text("\n".join(message.hex() for message in messages), encoding="ascii")
-    process = ServerProcess(["-m", "support.control", str(told)], folder / "control.log", environment)
+    process = ServerProcess(
+        ["-m", "support.control", str(told), str(pause_seconds)], folder / "control.log", environment
+    )
     try:
         yield process
     finally:

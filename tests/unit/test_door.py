@@ -247,3 +247,44 @@ async def test_a_forecast_takes_microseconds():
         times.append(time.perf_counter() - started)
 
     assert min(times) < 0.001
+
+
+async def test_quiet_is_waited_for(door):
+    """Quiet begins when the last caller has come or gone; refused ones count."""
+    loop = asyncio.get_running_loop()
+    with door.enter(1, DEMAND):
+        pass
+    door.close()
+
+    async def knock() -> float:
+        for _ in range(5):
+            await asyncio.sleep(0.02)
+            with pytest.raises(Unavailable), door.enter(1, DEMAND):
+                pass
+        return loop.time()
+
+    knocking = asyncio.create_task(knock())
+    await door.wait_until_quiet(0.5, most_seconds=60)
+
+    assert 6 == door.knocks
+    assert loop.time() - knocking.result() >= 0.5 - time.get_clock_info("monotonic").resolution
+
+
+async def test_quiet_is_not_waited_for_without_end(door):
+    """Whoever keeps knocking does not keep the server."""
+    with door.enter(1, DEMAND):
+        pass
+    door.close()
+
+    async def knock() -> None:
+        while True:
+            with pytest.raises(Unavailable), door.enter(1, DEMAND):
+                pass
+            await asyncio.sleep(0)
+
+    knocking = asyncio.create_task(knock())
+    await door.wait_until_quiet(60, most_seconds=0.05)
+
+    assert door.knocks > 0
+    assert not knocking.done()
+    knocking.cancel()

@@ -44,6 +44,9 @@ from camserve.v1 import explanation_service_pb2_grpc, model_service_pb2_grpc
 __all__ = ["App", "resolve_device"]
 
 _log = structlog.get_logger("camserve.app")
+# A caller who was just answered has come back by then, if at all.
+_QUIET_SECONDS = 0.25
+_LONGEST_QUIET_SECONDS = 2.0
 
 
 def resolve_device(name: str) -> torch.device:
@@ -217,7 +220,8 @@ class App:
         """Shuts down so that nobody who was let in is lost; a second call does nothing.
 
         Not ready first, then a pause in which balancers notice, then the door closes, accepted requests finish within
-        `drain_seconds`, and the rest is cancelled. A model that is still loading is not waited for.
+        `drain_seconds`, their callers are refused if they come again, and the rest is cancelled. A model that is still loading
+        is not waited for.
 
         Returns:
             Whether everything ended; if not, the device thread is still busy and only ending the process will stop it.
@@ -226,7 +230,8 @@ class App:
             return True
         self._is_draining = True
         self.metrics.draining.set(1)
-        _log.info("draining", requests=self._door.inside)
+        inside, knocks = self._door.inside, self._door.knocks
+        _log.info("draining", requests=inside)
         await self._health.drain()
         # Time itself is what is waited for: no balancer tells when it has noticed.
         await asyncio.sleep(self.settings.drain_delay_seconds)
@@ -236,6 +241,9 @@ class App:
         self._door.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._door.wait_until_empty(), self.settings.drain_seconds)
+            if inside or self._door.knocks > knocks:
+                # gRPC cancels, without a word, calls that come while it stops: callers in the habit of coming are refused before.
+                await self._door.wait_until_quiet(_QUIET_SECONDS, most_seconds=_LONGEST_QUIET_SECONDS)
         # Answers on their way out get a moment; whoever is still inside now is cancelled.
         await self._server.stop(grace=1.0)
         self._dispatching.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 from camserve.server.demand import Demand
@@ -54,6 +55,8 @@ class Door:
         self._inside = 0
         self._held_bytes = 0
         self._is_closed = False
+        self._knocks = 0
+        self._moved_at = -math.inf
         self._empty = asyncio.Event()
         self._empty.set()
         self._recent_seconds = 0.1
@@ -68,6 +71,11 @@ class Door:
         """Requests inside."""
         return self._inside
 
+    @property
+    def knocks(self) -> int:
+        """How often somebody wanted in so far, refused ones included."""
+        return self._knocks
+
     @contextlib.contextmanager
     def enter(self, request_bytes: int, demand: Demand) -> Iterator[None]:
         """Holds a place for the length of a `with` block.
@@ -81,20 +89,21 @@ class Door:
             Overloaded: full, or the deadline cannot be met; with a time to come back, where coming back would help.
             InvalidRequest: larger than the whole door.
         """
+        entered = self._moved_at = asyncio.get_running_loop().time()
+        self._knocks += 1
         self._refuse_if_full(request_bytes)
         self._refuse_if_too_late(demand)
         self._inside += 1
         self._held_bytes += request_bytes
         self._empty.clear()
-        entered = asyncio.get_running_loop().time()
         self._metrics.in_flight.set(self._inside)
         try:
             yield
         finally:
             self._inside -= 1
             self._held_bytes -= request_bytes
-            seconds = asyncio.get_running_loop().time() - entered
-            self._recent_seconds += 0.1 * (seconds - self._recent_seconds)
+            self._moved_at = asyncio.get_running_loop().time()
+            self._recent_seconds += 0.1 * (self._moved_at - entered - self._recent_seconds)
             self._metrics.in_flight.set(self._inside)
             if self._inside == 0:
                 self._empty.set()
@@ -106,6 +115,16 @@ class Door:
     async def wait_until_empty(self) -> None:
         """Returns when the last request has left."""
         await self._empty.wait()
+
+    async def wait_until_quiet(self, quiet_seconds: float, *, most_seconds: float) -> None:
+        """Returns when nobody has come or gone for a while, or at the latest after so long.
+
+        Who was just answered comes back at once, and must be told where to go instead while there is still somebody to tell it.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + most_seconds
+        while (seconds := min(self._moved_at + quiet_seconds, until) - loop.time()) > 0:
+            await asyncio.sleep(seconds)  # noqa: ASYNC110 - silence is what is waited for, and it has no event
 
     def _refuse_if_full(self, request_bytes: int) -> None:
         if self._is_closed:
