@@ -95,6 +95,7 @@ class App:
             max_queued_seconds=settings.max_queued_seconds,
         )
         self._door = Door(limits, metrics, queue.forecast)
+        metrics.hooks.set_function(self.repository.hooks)
         metrics.queue_bytes.set_function(lambda: self._door.held_bytes)
         for lane in Lane:
             metrics.watch_queue(

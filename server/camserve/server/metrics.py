@@ -124,6 +124,11 @@ class Metrics:
         self.stalled = Gauge(
             "camserve_stalled", "1 while a thread hangs: device or loop.", ["thread"], registry=registry
         )
+        self.hooks = Gauge(
+            "camserve_hooks",
+            "Hooks on the modules of served models; above 0 only while a pass runs.",
+            registry=registry,
+        )
         self.model_ready = Gauge(
             "camserve_model_ready", "1 for a model version that answers.", ["model", "version"], registry=registry
         )

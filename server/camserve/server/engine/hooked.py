@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from camserve.server.engine.digests import digest_tensors
-from camserve.server.engine.hooks import Taps, addresses_of, plain_attention, recorded, tapped
+from camserve.server.engine.hooks import Taps, addresses_of, hooks_on, plain_attention, recorded, tapped
 from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Capture, Cut, Digests, ProgramKind, TapName
 from camserve.server.engine.rerun import RerunCut
 from camserve.server.errors import CamserveError, NotFound, Reason, Unavailable, Unsupported
@@ -100,6 +100,11 @@ class HookedProgram(abc.ABC):
         """Parameters and buffers by name."""
         named = dict(self._module.named_parameters(remove_duplicate=False))
         return named | dict(self._module.named_buffers(remove_duplicate=False))
+
+    @property
+    def hooks(self) -> int:
+        """How many hooks are on the modules right now."""
+        return hooks_on(self._modules)
 
     def digests(self) -> Digests:
         """What the program is: its weights as held here (device and dtype applied), and its code."""

@@ -26,6 +26,7 @@ __all__ = [
     "addresses_of",
     "forward_replaced",
     "handed_on",
+    "hooks_on",
     "keys_of",
     "pick",
     "plain_attention",
@@ -162,6 +163,12 @@ def addresses_of(module: nn.Module) -> frozenset[int]:
     """Where the parameters and buffers of a module lie in memory."""
     tensors = [*module.parameters(), *module.buffers()]
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+
+def hooks_on(modules: Modules) -> int:
+    """How many forward hooks these modules have, whoever put them there; a module under several paths counts once."""
+    found = {id(module): module for _, module in modules}.values()
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in found)  # noqa: SLF001
 
 
 def tensors_of(values: Any) -> list[Tensor]:

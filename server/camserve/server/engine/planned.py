@@ -119,6 +119,11 @@ class PlannedProgram:
         """Parameters and buffers as loaded."""
         return self.original.tensors()
 
+    @property
+    def hooks(self) -> int:
+        """On the modules of all its forms."""
+        return self.original.hooks + self.rewritten.hooks
+
     def digests(self) -> Digests:
         """Of the program as loaded."""
         return self.original.digests()

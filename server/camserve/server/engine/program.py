@@ -189,6 +189,11 @@ class Program(Protocol):
         """Parameters and buffers by name. Names may be missing from an archive that was frozen before it was saved."""
         ...
 
+    @property
+    def hooks(self) -> int:
+        """How many hooks are on its modules right now: none between two passes. Any thread may ask."""
+        ...
+
     def digests(self) -> Digests:
         """What the program is, for the model card and the audit record."""
         ...

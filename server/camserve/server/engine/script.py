@@ -149,6 +149,11 @@ class ScriptProgram:
             | graphs.constant_tensors(self._plain.graph)
         )
 
+    @property
+    def hooks(self) -> int:
+        """None ever: graphs are rewritten instead."""
+        return 0
+
     def digests(self) -> Digests:
         """What the program is: its tensors as held here (device and dtype applied), and the code of all its methods."""
         return digest_tensors(self.tensors(), self._code)

@@ -85,6 +85,10 @@ class Repository:
         """All slots by name, then version, the newest last."""
         return sorted(self._slots.values(), key=lambda slot: (slot.name, version_order(slot.version)))
 
+    def hooks(self) -> int:
+        """How many hooks are on the modules of all models right now; any thread may ask."""
+        return sum(slot.served.pass_model.program.hooks for slot in self.slots() if slot.served is not None)
+
     def set_ready(self, served: ServedModel) -> None:
         """A model answers from now on."""
         slot = self._slots[served.card.name, served.card.version]
