@@ -123,8 +123,9 @@ class Door:
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + most_seconds
-        while (seconds := min(self._moved_at + quiet_seconds, until) - loop.time()) > 0:
-            await asyncio.sleep(seconds)  # noqa: ASYNC110 - silence is what is waited for, and it has no event
+        # Silence is what is waited for, and it has no event.
+        while (seconds := min(self._moved_at + quiet_seconds, until) - loop.time()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(seconds)
 
     def _refuse_if_full(self, request_bytes: int) -> None:
         if self._is_closed:
