@@ -9,15 +9,13 @@ streams as many messages under the same cancellations.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support.identity import MODELS, Kind, request, write_repository
 from support.load import Served, served_folder, total
-from support.processes import ServerProcess, answer, connected, control_process
+from support.processes import STEADY, ServerProcess, answer, connected, control_process
 from support.streams import Leaving, Tally, draw, send_all
 
 CONCURRENCY = 64
@@ -26,16 +24,6 @@ SETTLED = 4_000
 MOST_GROWTH_BYTES = 10 << 20
 # Chunks of a thousandth of a second: amplified work takes several, and callers leave between them.
 SETTINGS = {"slice_seconds": 0.001, "log_level": "error", "torch_threads": 1}
-TESTS = str(Path(__file__).parents[1])
-# A memory figure needs an allocator that gives back what is large, and has few arenas to keep the rest in.
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join(filter(None, (TESTS, os.environ.get("PYTHONPATH")))),
-    "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": "131072",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-}
 LEFT = ("requests_in_flight", "queue_depth", "queue_bytes", "queued_device_seconds", "hooks")
 
 
@@ -43,7 +31,7 @@ LEFT = ("requests_in_flight", "queue_depth", "queue_bytes", "queued_device_secon
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A process that serves the two models."""
     folder = tmp_path_factory.mktemp("streams")
-    with served_folder(write_repository(folder / "models"), folder / "log", ENVIRONMENT, **SETTINGS) as server:
+    with served_folder(write_repository(folder / "models"), folder / "log", STEADY, **SETTINGS) as server:
         yield server
 
 
@@ -108,7 +96,7 @@ async def test_twenty_thousand_streams(served, tmp_path):
     ours, tally = await growth(served.process, is_checked=True)
     seconds = await is_empty_within(served, 1.0)
     # As long as an answer takes the server here, so that callers leave the control at the same stages.
-    with control_process(messages, tmp_path, ENVIRONMENT, pause_seconds=0.01) as control:
+    with control_process(messages, tmp_path, STEADY, pause_seconds=0.01) as control:
         bare, _ = await growth(control, is_checked=False)
 
     ends = ", ".join(f"{leaving}: {status} {count}" for (leaving, status), count in sorted(tally.ends.items()))

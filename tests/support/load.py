@@ -137,16 +137,20 @@ def served_folder(
 
 
 def started(
-    flags: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, **settings: object
+    flags: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    is_apart: bool = False,
+    **settings: object,
 ) -> Served:
     """`camserve serve` with these flags, once it is ready: logs as JSON, a free port for metrics, no pause before draining."""
     program = str(Path(sys.executable).with_name("camserve"))
     common = ["--metrics-listen", "127.0.0.1:0", "--drain-delay-seconds", "0", "--log-format", "json"]
     given = {f"CAMSERVE_{name.upper()}": str(value) for name, value in settings.items()}
     command = ["-W", "ignore", program, "serve", *flags, *common]
-    return Served(
-        process=ServerProcess(command, log, {**(os.environ if environment is None else environment), **given}), log=log
-    )
+    variables = {**(os.environ if environment is None else environment), **given}
+    return Served(process=ServerProcess(command, log, variables, is_apart=is_apart), log=log)
 
 
 @contextlib.contextmanager

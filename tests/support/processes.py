@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -21,7 +22,27 @@ import psutil
 from camserve.v1 import explanation_service_pb2 as service_pb2
 from camserve.v1 import input_pb2, spec_pb2
 
-__all__ = ["ServerProcess", "answer", "ask", "camserve_process", "connected", "control_process", "explained_tensor"]
+__all__ = [
+    "STEADY",
+    "ServerProcess",
+    "answer",
+    "ask",
+    "camserve_process",
+    "connected",
+    "control_process",
+    "explained_tensor",
+]
+
+_TESTS = str(Path(__file__).parents[1])
+STEADY: Mapping[str, str] = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, (_TESTS, os.environ.get("PYTHONPATH")))),
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""An environment for figures of memory: the allocator gives back what is large, and has few arenas to keep the rest in."""
 
 _EXPLAIN = "/camserve.v1.ExplanationService/Explain"
 
@@ -29,15 +50,25 @@ _EXPLAIN = "/camserve.v1.ExplanationService/Explain"
 class ServerProcess:
     """A server in a process of its own.
 
+    Args:
+        command: for this interpreter.
+        log: where its standard error goes.
+        environment: of the process.
+        is_apart: whether Ctrl-C in this terminal is not for it.
+
     Attributes:
         target: where to connect.
         pid: of the process.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, is_apart: bool = False
+    ) -> None:
         self._log = log
         with log.open("wb") as stderr:
-            self._process = subprocess.Popen([sys.executable, *command], stderr=stderr, env=dict(environment))  # noqa: S603
+            self._process = subprocess.Popen(  # noqa: S603 - our own commands
+                [sys.executable, *command], stderr=stderr, env=dict(environment), start_new_session=is_apart
+            )
         self.pid = self._process.pid
         self.target = f"127.0.0.1:{self._port()}"
 

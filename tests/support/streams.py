@@ -20,7 +20,7 @@ from support.identity import MODELS, Kind, foreign, is_complete, request
 from camserve.v1 import explanation_service_pb2 as service_pb2
 from camserve.v1 import explanation_service_pb2_grpc
 
-__all__ = ["Leaving", "Stream", "Tally", "draw", "send_all"]
+__all__ = ["Leaving", "Stream", "Tally", "draw", "faults", "send", "send_all"]
 
 HANGS_AFTER_SECONDS = 60.0
 _CHANNELS = 4
@@ -121,13 +121,13 @@ async def send_all(target: str, streams: Iterator[Stream], *, concurrency: int, 
             for stream in streams:
                 try:
                     async with asyncio.timeout(HANGS_AFTER_SECONDS):
-                        messages, status = await _sent(stub, stream)
+                        messages, status = await send(stub, stream)
                 except TimeoutError:
                     tally.hung.append(stream)
                     continue
                 tally.ends[stream.leaving, status] += 1
                 if is_checked:
-                    tally.wrong += _wrong(stream, messages, status)
+                    tally.wrong += faults(stream, messages, status)
 
         async with asyncio.TaskGroup() as group:
             for place in range(concurrency):
@@ -135,7 +135,7 @@ async def send_all(target: str, streams: Iterator[Stream], *, concurrency: int, 
     return tally
 
 
-async def _sent(
+async def send(
     stub: explanation_service_pb2_grpc.ExplanationServiceStub, stream: Stream
 ) -> tuple[list[service_pb2.ExplainResponse], str]:
     """Sends one and takes of it what its caller stays for; what came, and the status."""
@@ -161,7 +161,8 @@ async def _sent(
     return messages, (await call.code()).name
 
 
-def _wrong(stream: Stream, messages: Sequence[service_pb2.ExplainResponse], status: str) -> list[str]:
+def faults(stream: Stream, messages: Sequence[service_pb2.ExplainResponse], status: str) -> list[str]:
+    """What was wrong with an answer, in words: of another number, or not whole though its caller stayed."""
     told = foreign(stream.number, stream.kind, messages)
     if stream.leaving is Leaving.STAYS and not (status == "OK" and is_complete(messages)):
         told.append(f"{stream} stayed and got {len(messages)} messages and {status}")
