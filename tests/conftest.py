@@ -18,24 +18,31 @@ from camserve.client import Client
 from camserve.server.background import BackgroundServer
 from camserve.server.models.sources import ModelSource, demo_sources
 
-_NO_COMPILER = pytest.StashKey[int]()
+# Programs that some tests need, by marker, and what to do on machines without them.
+_NEEDS = {
+    "needs_compiler": ([os.environ.get("CXX", "g++")], "there is no C++ compiler; install g++ or set CXX"),
+    "needs_prometheus": (["prometheus", "promtool"], "there is no Prometheus; install Debian's package prometheus"),
+}
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a C++ compiler on machines without one."""
-    if shutil.which(os.environ.get("CXX", "g++")) is not None:
-        return
-    left_out = [item for item in items if item.get_closest_marker("needs_compiler") is not None]
-    if left_out:
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[_NO_COMPILER] = len(left_out)
+    """Leaves out what needs a program that this machine does not have."""
+    config.stash[_LEFT_OUT] = counts = {}
+    for marker, (programs, _) in _NEEDS.items():
+        if all(shutil.which(program) for program in programs):
+            continue
+        left_out = [item for item in items if item.get_closest_marker(marker) is not None]
+        if left_out:
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
+            counts[marker] = len(left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Says what was left out, and what would bring it back."""
-    if count := config.stash.get(_NO_COMPILER, 0):
-        terminalreporter.write_line(f"{count} tests were left out: there is no C++ compiler; install g++ or set CXX")
+    for marker, count in config.stash.get(_LEFT_OUT, {}).items():
+        terminalreporter.write_line(f"{count} tests were left out: {_NEEDS[marker][1]}")
 
 
 SAMPLES = Path(__file__).parents[1] / "server" / "camserve" / "server" / "demo" / "samples"

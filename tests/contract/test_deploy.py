@@ -5,20 +5,20 @@ Files are read, one health probe and one server are run; nothing here needs a co
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import sys
 from asyncio import create_subprocess_exec
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import yaml
+from support.deployed import DASHBOARD, DEPLOY, ROOT, RULES, dashboard_queries, metric_names, panels
 from support.servers import Metrics as MetricsPage
 
 from camserve.server.background import BackgroundServer
@@ -26,25 +26,11 @@ from camserve.server.health import Health
 from camserve.server.metrics import Metrics
 from camserve.server.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[2]
-DEPLOY = ROOT / "deploy"
-DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/camserve.json").read_text(encoding="utf-8"))
-RULES = [
-    rule
-    for group in yaml.safe_load((DEPLOY / "prometheus/camserve.rules.yml").read_text(encoding="utf-8"))["groups"]
-    for rule in group["rules"]
-]
 COMPOSE_FILES = sorted(DEPLOY.glob("compose*.yaml"))
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
-_METRIC = re.compile(r"\b(?:camserve|process)_[a-z0-9_]+")
 _TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
 _HISTOGRAM_SUFFIXES = ("_bucket", "_sum", "_count")
-
-
-def metric_names(expression: str) -> set[str]:
-    """The names in a PromQL expression; what stands in quotes is no name."""
-    return set(_METRIC.findall(re.sub(r'"[^"]*"', "", expression)))
 
 
 def series_names(page: str) -> set[str]:
@@ -63,16 +49,10 @@ def label_names(expression: str) -> set[str]:
     return {*selected, *(name.strip() for names in grouped for name in names.split(",") if name.strip())}
 
 
-def panels() -> Iterator[dict[str, Any]]:
-    """The dashboard's panels without its row titles."""
-    return (panel for panel in DASHBOARD["panels"] if panel["type"] != "row")
-
-
 def dashboard_expressions() -> list[str]:
     """Everything that the dashboard sends to Prometheus."""
-    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
-    asked += [entry["expr"] for entry in DASHBOARD["annotations"]["list"] if "expr" in entry]
-    return asked + [entry["definition"] for entry in DASHBOARD["templating"]["list"] if entry["type"] == "query"]
+    variables = [entry["definition"] for entry in DASHBOARD["templating"]["list"] if entry["type"] == "query"]
+    return dashboard_queries() + variables
 
 
 def expressions() -> list[str]:
