@@ -2,7 +2,7 @@
 
 Each against a `camserve serve` process, so that the generator shares nothing with it but the machine. LOAD_SECONDS is the
 length of every step (10), LOAD_SIZE the side of the input in pixels (224), LOAD_ROUNDS how often compared ones take turns (3),
-LOAD_MODEL a network of torchvision (resnet18).
+LOAD_MODEL a network of torchvision (resnet18), LOAD_INPUT what is sent (tensor, or jpeg for files of 640 by 480).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from camserve.client.bench import (
     kind,
     run_step,
 )
+from camserve.client.bench.sources import synthetic
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1800)]
 
@@ -38,6 +39,7 @@ SECONDS = float(os.environ.get("LOAD_SECONDS", "10"))
 SIZE = int(os.environ.get("LOAD_SIZE", "224"))
 ROUNDS = int(os.environ.get("LOAD_ROUNDS", "3"))
 MODEL = os.environ.get("LOAD_MODEL", "resnet18")
+INPUTS = synthetic(640, 480, 16, seed=0).inputs if os.environ.get("LOAD_INPUT") == "jpeg" else (random_input(SIZE),)
 WARM_UP = min(2.0, SECONDS / 4)
 SLICE = 0.02
 # A request takes about so many passes of the device at peak before it is too late.
@@ -52,8 +54,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(method: str | Spec, **options: object) -> Mix:
-    """One kind of request for one input."""
-    return Mix(kinds=(kind("net", [method], **options),), inputs=(random_input(SIZE),))  # type: ignore[arg-type]
+    """One kind of request."""
+    return Mix(kinds=(kind("net", [method], **options),), inputs=INPUTS)  # type: ignore[arg-type]
 
 
 async def offered(connections: Connections, mix: Mix, load: Load, seconds: float = SECONDS, *, seed: int = 0) -> Step:
@@ -179,7 +181,7 @@ async def test_a_deadline_that_passes_is_told_at_once(archive, tmp_path):
     """Beside Score-CAM and full passes, whoever waits until its deadline is told within 20 ms of it."""
     limits = (0.03, 0.05, 0.1, 0.2, 0.3)
     kinds = tuple(kind("net", ["score-cam"], deadline=limit) for limit in limits)
-    mix = Mix(kinds=kinds, inputs=(random_input(SIZE),))
+    mix = Mix(kinds=kinds, inputs=INPUTS)
     with served(archive, SIZE, tmp_path / "server.log") as server:
         async with (
             Connections(server.target) as connections,
@@ -209,9 +211,7 @@ async def test_requests_for_four_layers_share_passes(tmp_path):
     """Sixteen callers, each with one of four layers, are answered no later in all than with one layer at a time."""
     layers = ("layer1", "layer2", "layer3", "layer4")
     each = max(16, int(1.6 * SECONDS))
-    mixed = Mix(
-        kinds=tuple(kind("net", [Spec("grad-cam", layers=[layer])]) for layer in layers), inputs=(random_input(SIZE),)
-    )
+    mixed = Mix(kinds=tuple(kind("net", [Spec("grad-cam", layers=[layer])]) for layer in layers), inputs=INPUTS)
     apart = [asked(Spec("grad-cam", layers=[layer])) for layer in layers]
     ratios, took = [], []
     with served(resnet("resnet50", tmp_path), SIZE, tmp_path / "server.log") as server:
