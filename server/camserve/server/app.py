@@ -169,6 +169,7 @@ class App:
                 max_maps=self.settings.max_maps,
                 slice_seconds=self.settings.slice_seconds,
                 most_threads=self.settings.torch_threads,
+                max_archive_bytes=self.settings.max_archive_bytes,
             )
             try:
                 served = await self._runner.call(load, is_timed=False)

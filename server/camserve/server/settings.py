@@ -50,6 +50,9 @@ class Settings(BaseSettings):
         Path("~/.cache/camserve/plans"),
         description="Folder of compiled plans, run as code: nobody else may write to it. Empty compiles at every start.",
     )
+    max_archive_bytes: int = Field(
+        8 << 30, ge=1 << 10, description="Largest model file, packed or by the sizes that its zip archive declares."
+    )
     device: str = Field("auto", description="cpu, cuda or cuda:N; auto takes CUDA when there is a device.")
     torch_threads: int = Field(
         0,

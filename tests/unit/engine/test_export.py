@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -304,6 +305,33 @@ def _with_sizes(entry: bytes, text: str) -> bytes:
         return [changed(below) for below in value] if isinstance(value, list) else value
 
     return json.dumps(changed(json.loads(entry))).encode()
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("torch.os.system", "calls 'torch.os.system', which is no operator"),
+        ("torch.hub.load", "which is no operator"),
+        ("torch.ops.load_library", "which is no operator"),
+        ("torch.ops.load_library.__self__.load_library", "which is no operator"),
+        ("torch.ops.aten.relu.__class__", "which is no operator"),
+        ("_operator.attrgetter", "which is no operator"),
+        ("builtins.eval", "which is no operator"),
+        ("torch.ops.aten.from_file.default", "reaches outside of the model"),
+        ("torch.ops.aten.save.default", "reaches outside of the model"),
+        ("torch.ops.debugprims.load_tensor.default", "reaches outside of the model"),
+    ],
+)
+def test_a_graph_calls_nothing_but_operators_of_the_model(target: str, told: str) -> None:
+    """What torch has imported lies below it by name; what reads and writes files is an operator, and no part of a model."""
+
+    def changed(entry: bytes) -> bytes:
+        graph = json.loads(entry)
+        graph["graph_module"]["graph"]["nodes"][0]["target"] = target
+        return json.dumps(graph).encode()
+
+    with pytest.raises(Unsupported, match=re.escape(told)):
+        load_export(edited(io.BytesIO(archive_of_net()), {"models/model.json": changed}), device=CPU)
 
 
 def test_compiled_code_is_refused() -> None:

@@ -401,3 +401,90 @@ def test_a_module_saved_whole_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="not a TorchScript archive"):
         load_script(tmp_path / "model.pt", device=CPU)
     assert not (tmp_path / "trace").exists()
+
+
+class Saves(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.save(x, "trace")
+        return x
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.from_file("trace", shared=False, size=3, dtype=torch.uint8)
+
+
+class SavesWhenLoaded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, bool]:
+        return (self.weight, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
+        self.weight = state[0]
+        self.training = state[1]
+        torch.save(state[0], "trace")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize("kind", [Saves, Reads, SavesWhenLoaded])
+def test_a_model_does_not_reach_for_files(
+    kind: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchScript has operators for that, and would run some of them while it loads."""
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(Unsupported, match=r"calls (save|from_file), which reaches outside of the model"):
+        load_script(archived(torch.jit.script(kind())), device=CPU)
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "t = torch\n    t.save(x, 'trace')",
+        "getattr(torch, 'save')(x, 'trace')",
+        "ops.aten.save(x, 'trace')",
+        "torch . save (x, 'trace')",
+        "torch.sa\\\n    ve(x, 'trace')",
+    ],
+)
+def test_another_spelling_changes_nothing(spelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands in the archive's code is not understood by torch, or seen before it can run."""
+    monkeypatch.chdir(tmp_path)
+    old = zipfile.ZipFile(archived(torch.jit.script(Saves())))
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as new:
+        for name in old.namelist():
+            entry = old.read(name)
+            if name.endswith("__torch__.py"):
+                entry = entry.replace(b'torch.save(x, "trace")', spelled.encode())
+                assert spelled.encode() in entry
+            new.writestr(name, entry)
+    stream.seek(0)
+
+    with pytest.raises(Unsupported):
+        load_script(stream, device=CPU)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_layer_may_be_called_save() -> None:
+    """It is the operator that is refused, not the word."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.save(x).mean((2, 3))
+
+    program = load_script(archived(torch.jit.script(Keeps())), device=CPU)
+
+    assert (2, 4) == program.run(torch.randn(2, 3, 4, 4)).shape

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
+import operator
 import os
 import re
 import zipfile
@@ -19,8 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch._export.serde.serialize import _SYM_OPS
 from torch.utils._sympy import functions as shape_functions
 
+from camserve.server.engine.outreach import is_outreach, outreach
 from camserve.server.errors import Reason, Unsupported
 
 __all__ = ["check_archive"]
@@ -71,6 +75,12 @@ _SYNTAX = (
     ast.cmpop,
     ast.Load,
 )
+# What a node may call: an operator with its overload, or arithmetic on sizes; torch itself tells which of those exist.
+_OPERATOR = re.compile(
+    r"torch\.ops\.[a-z]\w*(\.[a-zA-Z]\w*|\._(?!_)\w*){1,2}|_operator\.[a-z]\w*|math\.[a-z]\w*|torch\.sym_\w+"
+    r"|torch\._functorch\.predispatch\.\w+"
+)
+_TRACED_WRAPPERS = "torch._functorch.predispatch"
 _NAME = re.compile(r"[\w.]*")
 _PLAIN_TEXT = re.compile(r"[\w.+-]*")
 
@@ -86,7 +96,7 @@ def check_archive(source: Path | BinaryIO) -> list[bytes]:
 
     Raises:
         Unsupported: an entry is a pickle of more than tensors and plain values, a compiled library, an object of a class, or a
-            graph with text in it that PyTorch would evaluate and that is no size.
+            graph that calls something else than operators, or has text in it that PyTorch would evaluate and that is no size.
         RuntimeError, ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile: it is no archive of `torch.export.save`.
     """
     graphs = []
@@ -168,10 +178,38 @@ def _check_graph(source: Path | BinaryIO, name: str, graph: Any) -> None:
             todo += value
         if isinstance(value, Mapping):
             todo += value.values()
+            if "inputs" in value and "target" in value:
+                _check_operator(source, name, value["target"])
             if "expr_str" in value and not _is_size(value["expr_str"]):
                 raise _refusal(source, name, "holds expressions in place of sizes")
             if any(not _is_name(value[key]) for key in ("name", "as_name") if key in value):
                 raise _refusal(source, name, "holds expressions in place of names")
+
+
+def _check_operator(source: Path | BinaryIO, name: str, target: Any) -> None:
+    """What a node calls is found by its dotted name from torch on, where everything that torch has imported lies as well."""
+    if not isinstance(target, str) or not _is_operator(target):
+        raise Unsupported(
+            Reason.MODEL_FAILED,
+            f"{name} in {source} calls {str(target)[:100]!r}, which is no operator; write it anew with torch.export.save",
+            metadata={"file": source, "entry": name},
+        )
+    if is_outreach(target):
+        raise outreach(source, name, target)
+
+
+def _is_operator(target: str) -> bool:
+    if not _OPERATOR.fullmatch(target):
+        return False
+    found: Any = {"torch": torch, "_operator": operator, "math": math}[target.partition(".")[0]]
+    for part in target.split(".")[1:]:
+        # Not with a default: names of operators are looked up, and made, on demand.
+        if not hasattr(found, part):
+            return True  # PyTorch itself says that it knows no such operator, and how to register one.
+        found = getattr(found, part)
+    if isinstance(found, torch._ops.OpOverload | torch._ops.HigherOrderOperator):  # noqa: SLF001 - they have no public name
+        return True
+    return found in _SYM_OPS or getattr(found, "__module__", "") == _TRACED_WRAPPERS
 
 
 def _is_name(text: Any) -> bool:

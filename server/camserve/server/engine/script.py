@@ -23,6 +23,7 @@ from torch import Tensor
 
 from camserve.server.engine import script_graph as graphs
 from camserve.server.engine.digests import digest_tensors
+from camserve.server.engine.outreach import check_code, check_methods
 from camserve.server.engine.program import ATTENTION, BackwardRule, Call, Capture, Digests, ProgramKind, TapName
 from camserve.server.engine.script_attention import attention_graph, attentions_among
 from camserve.server.engine.script_biases import biases_of
@@ -45,11 +46,12 @@ def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.d
 
     Raises:
         NotFound: there is no such file.
-        Unsupported: it is not a TorchScript archive that this version of torch can read.
+        Unsupported: it is not a TorchScript archive that this version of torch can read, or its code reaches for files.
     """
     if isinstance(source, Path) and not source.is_file():
         raise NotFound(Reason.MODEL_NOT_FOUND, f"there is no file {source}", metadata={"file": source})
     try:
+        check_code(source)
         archive = _archive(source, device)
     except (RuntimeError, ValueError) as error:
         raise Unsupported(
@@ -57,6 +59,7 @@ def load_script(source: Path | BinaryIO, *, device: torch.device, dtype: torch.d
             f"this is not a TorchScript archive that torch {torch.__version__} can read ({_first_line(error)}); "
             "save one with torch.jit.save",
         ) from error
+    check_methods(source, archive)
     return ScriptProgram(archive, device=device, dtype=dtype)
 
 

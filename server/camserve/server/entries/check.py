@@ -123,6 +123,7 @@ def check_source(source: ModelSource, settings: Settings) -> Account:
             max_maps=settings.max_maps,
             slice_seconds=settings.slice_seconds,
             most_threads=settings.torch_threads,
+            max_archive_bytes=settings.max_archive_bytes,
         )
         passes = try_passes(served)
     except Exception as error:  # noqa: BLE001 - a model file is foreign code and may raise anything

@@ -70,6 +70,7 @@ class LocalExplainer:
                 max_batch_rows=self._settings.max_batch_rows,
                 slice_seconds=self._settings.slice_seconds,
                 most_threads=self._settings.torch_threads,
+                max_archive_bytes=self._settings.max_archive_bytes,
             )
         self.card: ModelCard = card_from_proto(card_message(self._model.card))
 

@@ -27,6 +27,7 @@ from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
 from camserve.server.jobs import FloatArray, OutputKind
+from camserve.server.models.archive_size import check_size
 from camserve.server.models.card import ExtraInput, LayerCard, ModelCard, PlanCard
 from camserve.server.models.config import ExtraConfig, read_phrases
 from camserve.server.models.method_cards import method_cards
@@ -55,6 +56,7 @@ def load_model(
     max_maps: int = 128,
     slice_seconds: float | None = None,
     most_threads: int | None = None,
+    max_archive_bytes: int | None = None,
 ) -> ServedModel:
     """Loads one version of one model.
 
@@ -65,6 +67,7 @@ def load_model(
         max_maps: the server's limit, for targets whose number of maps only the outputs tell.
         slice_seconds: longest chunk of amplified work, unless one row takes longer; None lets chunks be as large as passes.
         most_threads: of one pass on a CPU; 0 for all there are, None leaves their number as it is.
+        max_archive_bytes: the server's limit for its file, packed and unpacked; None for none.
 
     Raises:
         ValueError: the file, the card and the model do not fit together; the text says how.
@@ -73,6 +76,8 @@ def load_model(
     started = time.perf_counter()
     config = with_published_preset(source.config)
     source = dataclasses.replace(source, config=config)
+    if source.path is not None and max_archive_bytes is not None:
+        check_size(source.path, max_archive_bytes)
     program = load_program(source, device)
     recipe = config.recipe()
     generator = torch.Generator().manual_seed(_PROBE_SEED)
