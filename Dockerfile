@@ -51,7 +51,7 @@ WORKDIR /tmp
 EXPOSE 50051 8002
 STOPSIGNAL SIGTERM
 
-# Loading and warming up large models takes a while; nothing is said against the container before that.
+# Alive, not ready: whoever restarts what is unhealthy must not do so while models load or requests are finished.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "/usr/local/lib/camserve/healthcheck.py"]
 

@@ -5,6 +5,7 @@
 #   make serve   a server on port 50051 with the demo model
 #   make bench   the benchmarks          make bench-peers   only the one beside other servers
 #   make docs    docs/methods.md and docs/pictures, written from the code
+#   make wheelhouse   camserve[server] and all it needs as wheels in build/wheelhouse, for machines without internet
 # TORCH_BACKEND=cpu (or cu128, auto …) picks the torch build, for machines without a GPU.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PEERS := build/peers/.installed
 PEERS_OPTIONS ?=
 PROTOS := $(wildcard protos/camserve/v1/*.proto)
 
-.PHONY: demo test test-slow check format serve bench bench-peers docs stubs train clean
+.PHONY: demo test test-slow check format serve bench bench-peers docs wheelhouse stubs train clean
 
 # uv from the machine if it is there, else from PyPI into the environment.
 $(INSTALLED): pyproject.toml protos/generate_stubs.py $(PROTOS)
@@ -72,6 +73,12 @@ bench-peers: $(PEERS)
 docs: $(INSTALLED)
 	$(BIN)/python -W ignore -m camserve.server.reference.page docs
 	$(BIN)/python -W ignore -m camserve.server.reference.pictures docs/pictures
+
+# For this Python and platform. pip's own variables choose the index, and so the torch build: see docs/operations.md.
+wheelhouse: $(INSTALLED)
+	rm -rf build/wheelhouse
+	$(BIN)/python -m pip wheel --wheel-dir build/wheelhouse '.[server]'
+	@echo "On the other machine: pip install --no-index --find-links build/wheelhouse 'camserve[server]'"
 
 train: $(INSTALLED)
 	$(BIN)/python -m camserve.server.demo.train

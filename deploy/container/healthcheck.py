@@ -1,18 +1,19 @@
-"""Asks the server in this container how it is: exit status 0 when it serves, 1 with a line on standard error otherwise.
+"""Asks the server in this container how it is: exit status 0 when it is well, 1 with a line on standard error otherwise.
 
-Docker's HEALTHCHECK runs it; it also suits an exec probe. It speaks grpc.health.v1 to the port that the server was told by
-CAMSERVE_LISTEN. An argument names one service, such as `camserve/surface` for one model; none means the whole server.
+Docker's HEALTHCHECK runs it without an argument: is the process alive, as `/livez` says on the port of CAMSERVE_METRICS_LISTEN?
+An argument names a service of grpc.health.v1 on the port of CAMSERVE_LISTEN, such as `camserve/surface` for one model; an empty
+one means the whole server: is it ready? That is also asked where there is no page.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import urllib.error
+import urllib.request
 
 _DEFAULT_LISTEN = "0.0.0.0:50051"
+_DEFAULT_METRICS_LISTEN = "0.0.0.0:8002"
 _TIMEOUT_SECONDS = 3.0
 
 
@@ -22,25 +23,46 @@ def target(listen: str) -> str:
     return f"{'127.0.0.1' if host in {'', '0.0.0.0', '[::]'} else host}:{port}"  # noqa: S104 - compared, not bound
 
 
-def check(address: str, service: str) -> str:
-    """Returns "SERVING", another status of the protocol, or why there is none."""
+def alive(address: str) -> str:
+    """Returns nothing, or why the process should be ended."""
     # A proxy of the environment is not between us and ourselves.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{address}/livez", timeout=_TIMEOUT_SECONDS):
+            return ""
+    except urllib.error.HTTPError as error:
+        return f"{error.code}: {error.read().decode(errors='replace').strip()}"
+    except OSError as error:
+        return f"no answer: {getattr(error, 'reason', error)}"
+
+
+def ready(address: str, service: str) -> str:
+    """Returns nothing if it is SERVING, or what it is instead."""
+    import grpc  # noqa: PLC0415 - slow to import, and every ten seconds it is not needed
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_SECONDS)
         except grpc.RpcError as error:
             return f"{error.code().name}: {error.details()}"
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    status = str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    return "" if status == "SERVING" else status
 
 
 def main() -> int:
     """Checks once."""
-    address = target(os.environ.get("CAMSERVE_LISTEN") or _DEFAULT_LISTEN)
-    status = check(address, sys.argv[1] if len(sys.argv) > 1 else "")
-    if status == "SERVING":
+    page = os.environ.get("CAMSERVE_METRICS_LISTEN", _DEFAULT_METRICS_LISTEN)
+    if len(sys.argv) > 1 or not page:
+        address = target(os.environ.get("CAMSERVE_LISTEN") or _DEFAULT_LISTEN)
+        complaint = ready(address, sys.argv[1] if len(sys.argv) > 1 else "")
+    else:
+        address = target(page)
+        complaint = alive(address)
+    if not complaint:
         return 0
-    print(f"{address}: {status}", file=sys.stderr)  # noqa: T201 - Docker shows it
+    print(f"{address}: {complaint}", file=sys.stderr)  # noqa: T201 - Docker shows it
     return 1
 
 

@@ -5,6 +5,7 @@ Files are read, one health probe and one server are run; nothing here needs a co
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -18,12 +19,14 @@ from typing import Any
 import grpc
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 from support.deployed import DASHBOARD, DEPLOY, ROOT, RULES, dashboard_queries, metric_names, panels
 from support.servers import Metrics as MetricsPage
 
 from camserve.server.background import BackgroundServer
 from camserve.server.health import Health
 from camserve.server.metrics import Metrics
+from camserve.server.pages import Pages
 from camserve.server.settings import Settings
 
 COMPOSE_FILES = sorted(DEPLOY.glob("compose*.yaml"))
@@ -211,6 +214,41 @@ def test_image_is_not_root() -> None:
     assert int(user.split(":")[0]) > 0
 
 
+def test_image_leaves_its_tools_behind() -> None:
+    """What builds stays in the first stage: the last takes the environment and the parts of the container, nothing else."""
+    last = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+
+    assert 2 == len(re.findall(r"^FROM ", DOCKERFILE, re.MULTILINE))
+    assert ["/opt/camserve", "deploy/container/start"] == [
+        next(word for word in line.split()[1:] if not word.startswith("--"))
+        for line in last.splitlines()
+        if line.startswith("COPY ")
+    ]
+    assert not re.search(r"\b(pip|uv|apt-get|curl)\b", re.sub(r"^#.*$", "", last, flags=re.MULTILINE))
+
+
+def test_compose_builds_with_arguments_that_the_image_has() -> None:
+    """Both files build the one Dockerfile, which tells CPU and CUDA apart by an argument."""
+    builds = [
+        service["build"].get("args", {})
+        for path in COMPOSE_FILES
+        for service in yaml.safe_load(path.read_text(encoding="utf-8"))["services"].values()
+        if "build" in service
+    ]
+
+    assert [{"TORCH_BACKEND": ""}, {"TORCH_BACKEND": "cpu"}] == builds
+    assert {"TORCH_BACKEND"} <= set(re.findall(r"^ARG (\w+)=", DOCKERFILE, re.MULTILINE))
+
+
+def test_image_runs_the_probe_that_it_brings() -> None:
+    """HEALTHCHECK names a file that COPY puts there."""
+    command = re.search(r"^HEALTHCHECK .*\\\n\s+CMD (.*)$", DOCKERFILE, re.MULTILINE)
+
+    assert command is not None
+    assert ["python", "/usr/local/lib/camserve/healthcheck.py"] == json.loads(command[1])
+    assert "deploy/container/healthcheck.py /usr/local/lib/camserve/\n" in DOCKERFILE
+
+
 def test_image_exposes_the_default_ports() -> None:
     """EXPOSE names the ports that the settings default to."""
     ports = {Settings.model_fields[name].default.rpartition(":")[2] for name in ("listen", "metrics_listen")}
@@ -230,22 +268,45 @@ async def health_server() -> AsyncIterator[tuple[Health, int]]:
     await server.stop(None)
 
 
-async def _probe(port: int, *arguments: str) -> tuple[int | None, str]:
-    """Runs the image's health probe as Docker would."""
+async def _probe(port: int, *arguments: str, page: str | None = None) -> tuple[int | None, str]:
+    """Runs the image's health probe as Docker would, with gRPC on a port and the page at an address; "" for no page."""
     probe = await create_subprocess_exec(
         sys.executable,
         DEPLOY / "container/healthcheck.py",
         *arguments,
-        env=os.environ | {"CAMSERVE_LISTEN": f"0.0.0.0:{port}"},
+        env=os.environ
+        | {"CAMSERVE_LISTEN": f"0.0.0.0:{port}"}
+        | ({} if page is None else {"CAMSERVE_METRICS_LISTEN": page}),
         stderr=PIPE,
     )
     _, complaint = await probe.communicate()
     return probe.returncode, complaint.decode()
 
 
-async def test_probe_passes_a_serving_server(health_server: tuple[Health, int]) -> None:
-    """The image's health probe succeeds while the server serves."""
-    assert (0, "") == await _probe(health_server[1])
+@pytest.mark.parametrize("reason", ["", "the device thread has stood still for 61 s"])
+async def test_probe_asks_whether_the_server_is_alive(reason: str) -> None:
+    """By the page of a server that has one: not ready is no reason to restart it, and what is one is passed on."""
+    pages = Pages("127.0.0.1:0", CollectorRegistry(), liveness=lambda: reason, readiness=lambda: "loading")
+    try:
+        found = await _probe(1, page=f"0.0.0.0:{pages.port}")
+    finally:
+        pages.close()
+
+    assert ((1, f"127.0.0.1:{pages.port}: 503: {reason}\n") if reason else (0, "")) == found
+
+
+async def test_probe_fails_where_nothing_answers() -> None:
+    """A process that is gone, or not there yet, is not alive."""
+    status, complaint = await _probe(1, page="127.0.0.1:1")
+
+    assert 1 == status
+    assert complaint.startswith("127.0.0.1:1: no answer: ")
+
+
+@pytest.mark.parametrize("arguments", [(), ("",), ("camserve.v1.ExplanationService",)])
+async def test_probe_passes_a_serving_server(health_server: tuple[Health, int], arguments: tuple[str, ...]) -> None:
+    """It asks for readiness when a service is named, and where there is no page."""
+    assert (0, "") == await _probe(health_server[1], *arguments, page=None if arguments else "")
 
 
 async def test_probe_fails_a_draining_server(health_server: tuple[Health, int]) -> None:
@@ -253,7 +314,7 @@ async def test_probe_fails_a_draining_server(health_server: tuple[Health, int]) 
     health, port = health_server
     await health.drain()
 
-    assert (1, f"127.0.0.1:{port}: NOT_SERVING\n") == await _probe(port)
+    assert (1, f"127.0.0.1:{port}: NOT_SERVING\n") == await _probe(port, "")
 
 
 async def test_probe_fails_an_unknown_model(health_server: tuple[Health, int]) -> None:

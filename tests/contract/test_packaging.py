@@ -131,6 +131,17 @@ def test_the_wheel_holds_everything(built):
     assert "camserve/__init__.py" not in names
 
 
+def test_the_wheelhouse_is_complete():
+    """`make wheelhouse` builds this wheel and collects those of everything that the server needs, with nothing left to fetch."""
+    told = run("make", "--dry-run", "wheelhouse", cwd=ROOT).stdout.splitlines()
+
+    (command,) = [line.split(None, 1)[1] for line in told if " -m pip wheel " in line]
+    assert "-m pip wheel --wheel-dir build/wheelhouse '.[server]'" == command
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    assert "pip install --no-index --find-links build/wheelhouse 'camserve[server]'" in page
+    assert any("pip install --no-index --find-links build/wheelhouse 'camserve[server]'" in line for line in told)
+
+
 def test_the_source_distribution_can_be_built_from(built, tmp_path):
     """It holds no stubs but what makes them, and gives the same wheel."""
     (sdist,) = built.glob("*.tar.gz")
