@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -215,16 +216,40 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             vars(module)["forward"] = own
 
 
+class _FusedAttention:
+    """PyTorch's switch of the fused inference path, which is one for all threads: put back when the last one has done with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = True
+
+    def off(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(value=False)
+            self._users += 1
+
+    def back(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                torch.backends.mha.set_fastpath_enabled(value=self._before)
+
+
+_FUSED_ATTENTION = _FusedAttention()
+
+
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
     """Keeps attention layers off their fused inference path inside the body.
 
-    That path is taken only where no gradient is wanted, has other last bits, and would make `run` and `capture` disagree.
-    The switch is PyTorch's and global to the process; it is put back afterwards.
+    That path is taken only where no gradient is wanted, has other last bits, and would make `run` and `capture` disagree. A model
+    may be loaded in one thread while another one serves; so neither puts the switch back while the other is inside.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(value=False)
+    _FUSED_ATTENTION.off()
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(value=before)
+        _FUSED_ATTENTION.back()
