@@ -11,7 +11,10 @@ from typing import Final
 
 import torch
 
-__all__ = ["MOST_TAIL_ROWS", "Pace", "use_threads"]
+__all__ = ["ALL_THREADS", "MOST_TAIL_ROWS", "Pace", "use_threads"]
+
+ALL_THREADS: Final = torch.get_num_threads()
+"""What torch takes if nobody says: asked while nobody has, for a thread begun later starts with what another one set last."""
 
 MOST_TAIL_ROWS: Final = 256
 """Activations that are tried at once at most, however short the rest of the program is."""

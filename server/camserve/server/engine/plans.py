@@ -24,6 +24,7 @@ from camserve.server.engine.look import FAILURES
 from camserve.server.engine.planned import PlannedProgram, Rewritable
 from camserve.server.engine.program import Program, TapName
 from camserve.server.engine.stopwatch import Lap
+from camserve.server.engine.turns import InTurn, at_once
 
 __all__ = ["Plan", "choose_plan", "choose_threads"]
 
@@ -126,32 +127,36 @@ def _fused(
     return tried
 
 
-def choose_threads(run: Callable[[], object], most: int, device: torch.device) -> int:
+def choose_threads(run: Callable[[], object], most: int, device: torch.device, *, in_turn: InTurn = at_once) -> int:
     """How many threads a pass should use: all that are allowed, unless fewer are clearly faster.
 
     Args:
         run: a forward.
         most: threads allowed.
         device: where it runs; anything but a CPU needs one.
+        in_turn: where the forwards are timed; a few of them are one piece of work.
     """
     if device.type != "cpu" or most == 1:
         return 1
+    if in_turn(functools.partial(_shortest_on, 1, run, device)) < _WORTH_THREADS_SECONDS:
+        return 1
+    chosen, fastest = most, float("inf")
+    for threads in sorted({most, *(2**power for power in range(most.bit_length()))}, reverse=True):
+        seconds = in_turn(functools.partial(_shortest_on, threads, run, device))
+        if seconds * _LEAST_THREAD_GAIN < fastest:
+            chosen, fastest = threads, seconds
+    return chosen
+
+
+def _shortest_on(threads: int, run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few runs on so many threads, of which the thread that this runs in has its own number."""
     before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        torch.set_num_threads(1)
         run()
-        if _shortest(run, device) < _WORTH_THREADS_SECONDS:
-            return 1
-        chosen, fastest = most, float("inf")
-        for threads in sorted({most, *(2**power for power in range(most.bit_length()))}, reverse=True):
-            torch.set_num_threads(threads)
-            run()
-            seconds = _shortest(run, device)
-            if seconds * _LEAST_THREAD_GAIN < fastest:
-                chosen, fastest = threads, seconds
+        return _shortest(run, device)
     finally:
         torch.set_num_threads(before)
-    return chosen
 
 
 def _shortest(run: Callable[[], object], device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """Source to served model: loads the program, lets the probe look at it, writes the card, warms up.
 
-Called by `app.py` on the device thread, once for each model version. Anything that does not fit is refused here, with the reason,
-rather than at the first request.
+Called by `lifecycle.py` in a thread of its own, once for each load of a model version, while others serve; what has to run on the
+device thread does so in pieces. Anything that does not fit is refused here, with the reason, rather than at the first request.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
 from camserve.server.engine.layout import LayoutKind
 from camserve.server.engine.look import FAILURES, message_of
+from camserve.server.engine.pace import ALL_THREADS, use_threads
 from camserve.server.engine.passes import PassModel
 from camserve.server.engine.probe import LayerReport, ProbeReport, probe
 from camserve.server.engine.program import Program
 from camserve.server.engine.script import load_script
+from camserve.server.engine.turns import InTurn, at_once
 from camserve.server.jobs import FloatArray, OutputKind
 from camserve.server.models.archive_size import check_size
 from camserve.server.models.card import ExtraInput, LayerCard, ModelCard, PlanCard
@@ -57,6 +59,7 @@ def load_model(
     slice_seconds: float | None = None,
     most_threads: int | None = None,
     max_archive_bytes: int | None = None,
+    in_turn: InTurn = at_once,
 ) -> ServedModel:
     """Loads one version of one model.
 
@@ -68,12 +71,15 @@ def load_model(
         slice_seconds: longest chunk of amplified work, unless one row takes longer; None lets chunks be as large as passes.
         most_threads: of one pass on a CPU; 0 for all there are, None leaves their number as it is.
         max_archive_bytes: the server's limit for its file, packed and unpacked; None for none.
+        in_turn: where the passes of the warm-up run.
 
     Raises:
         ValueError: the file, the card and the model do not fit together; the text says how.
         CamserveError: the program does not run, or nothing in it can be explained.
     """
     started = time.perf_counter()
+    if most_threads is not None:
+        use_threads(most_threads or ALL_THREADS)  # This thread may still have another model's number.
     config = with_published_preset(source.config)
     source = dataclasses.replace(source, config=config)
     if source.path is not None and max_archive_bytes is not None:
@@ -109,11 +115,12 @@ def load_model(
     if config.plan.compile:
         compiled, why_ordinary = _compiled(pass_model, default_layer, report, recipe, len(inputs))
         pass_model = dataclasses.replace(pass_model, compiled=compiled)
-    pass_model, plan = planned(pass_model, inputs, _spellings(default_layer, report), most_threads=most_threads)
-    methods = method_cards(pass_model, [make_batch(value, report.static_batch or 1) for value in inputs], report)
-    warmed = warm_up(
-        pass_model, inputs, usual_spec(pass_model, default_layer, methods), report.stages, slice_seconds=slice_seconds
+    pass_model, plan = planned(
+        pass_model, inputs, _spellings(default_layer, report), most_threads=most_threads, in_turn=in_turn
     )
+    methods = method_cards(pass_model, [make_batch(value, report.static_batch or 1) for value in inputs], report)
+    spec = usual_spec(pass_model, default_layer, methods)
+    warmed = warm_up(pass_model, inputs, spec, report.stages, slice_seconds=slice_seconds, in_turn=in_turn)
     pass_model = warmed.pass_model
     digests = program.digests()
     factory = config.factory

@@ -1,7 +1,7 @@
 """The last steps of loading: how the model will be run is chosen, and every kind of pass is run once and timed.
 
-`loader.py` calls these on the device thread. What leaves is the `PassModel` that serves, and what its passes took, from which
-the scheduler knows the first request's cost.
+`loader.py` calls these. What leaves is the `PassModel` that serves, and what its passes took, from which the scheduler knows the
+first request's cost. Each pass has its turn on the device between those of requests: what it takes there is what it will take.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from camserve.server.cam.methods import METHODS, Layerwise
 from camserve.server.engine.batches import make_batch
 from camserve.server.engine.look import FAILURES
-from camserve.server.engine.pace import MOST_TAIL_ROWS, Pace
+from camserve.server.engine.pace import ALL_THREADS, MOST_TAIL_ROWS, Pace
 from camserve.server.engine.passes import PassModel, run_pass
 from camserve.server.engine.plans import Plan, choose_plan, choose_threads
 from camserve.server.engine.program import TapName
 from camserve.server.engine.stopwatch import Lap
+from camserve.server.engine.turns import InTurn, at_once
 from camserve.server.jobs import OutputKind, Spec
 from camserve.server.models.card import MethodCard
 from camserve.server.models.repository import CostSample
@@ -49,7 +49,12 @@ class Warmed:
 
 
 def planned(
-    model: PassModel, inputs: Sequence[Tensor], default_names: Sequence[str], *, most_threads: int | None
+    model: PassModel,
+    inputs: Sequence[Tensor],
+    default_names: Sequence[str],
+    *,
+    most_threads: int | None,
+    in_turn: InTurn = at_once,
 ) -> tuple[PassModel, Plan]:
     """Chooses the form that serves and the number of threads.
 
@@ -58,13 +63,14 @@ def planned(
         inputs: samples of each input, rows first.
         default_names: of the layer at which all forms must explain alike; may be empty.
         most_threads: of one pass on a CPU; 0 for all there are, None leaves their number as it is.
+        in_turn: where threads are tried.
     """
     batch = _batch(inputs, model.static_rows or min(_TRIAL_ROWS, model.max_rows))
     plan = choose_plan(model.program, batch, [TapName.parse(name) for name in default_names])
     threads = 0
     if most_threads is not None:
-        most = most_threads or torch.get_num_threads()
-        threads = choose_threads(functools.partial(plan.program.run, *batch), most, model.program.device)
+        run = functools.partial(plan.program.run, *batch)
+        threads = choose_threads(run, most_threads or ALL_THREADS, model.program.device, in_turn=in_turn)
     return dataclasses.replace(model, program=plan.program, pace=Pace(threads=threads)), plan
 
 
@@ -79,7 +85,13 @@ def usual_spec(model: PassModel, layer: str, methods: Sequence[MethodCard]) -> S
 
 
 def warm_up(
-    model: PassModel, inputs: Sequence[Tensor], spec: Spec | None, stages: Sequence[str], *, slice_seconds: float | None
+    model: PassModel,
+    inputs: Sequence[Tensor],
+    spec: Spec | None,
+    stages: Sequence[str],
+    *,
+    slice_seconds: float | None,
+    in_turn: InTurn = at_once,
 ) -> Warmed:
     """Runs the passes that requests will run, so that the first caller pays for nothing, and notes what they take.
 
@@ -91,16 +103,18 @@ def warm_up(
         spec: the usual one.
         stages: a layer for each resolution, shallowest first.
         slice_seconds: longest chunk of amplified work; None lets chunks be as large as passes.
+        in_turn: where each pass runs.
     """
+    timed = functools.partial(_timed, model, inputs, in_turn)
     largest = model.static_rows or model.max_rows
     sizes = sorted({1, largest}) if model.static_rows is None else [largest]
-    costs = [_timed(model, inputs, rows, wanted) for rows in sizes for wanted in ([None, spec] if spec else [None])]
+    costs = [timed(rows, wanted) for rows in sizes for wanted in ([None, spec] if spec else [None])]
     if spec is not None:
         rows = model.static_rows or min(_STAGE_ROWS, largest)
         shallower = [layer for layer in stages if model.depths[layer] > 1]
-        costs += [_timed(model, inputs, rows, dataclasses.replace(spec, layers=(layer,))) for layer in shallower]
+        costs += [timed(rows, dataclasses.replace(spec, layers=(layer,))) for layer in shallower]
     if slice_seconds is not None and model.static_rows is None:
-        model = dataclasses.replace(model, pace=_paced(model, inputs, costs, stages, slice_seconds))
+        model = dataclasses.replace(model, pace=_paced(model, inputs, costs, stages, slice_seconds, in_turn))
     return Warmed(pass_model=model, costs=tuple(costs))
 
 
@@ -108,30 +122,40 @@ def _batch(inputs: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [make_batch(value[:1], rows) for value in inputs]
 
 
-def _timed(model: PassModel, inputs: Sequence[Tensor], rows: int, spec: Spec | None) -> CostSample:
+def _timed(model: PassModel, inputs: Sequence[Tensor], in_turn: InTurn, rows: int, spec: Spec | None) -> CostSample:
     """The shortest of a few passes: the first one of a kind compiles and allocates."""
-    batch, *extras = _batch(inputs, rows)
+    run = functools.partial(_pass_seconds, model, _batch(inputs, rows), spec)
     seconds = []
     for _ in range(_ROUNDS):
-        with Lap(model.program.device) as lap:
-            for _event in run_pass(model, batch, [(spec,) if spec else ()] * rows, extras=extras):
-                pass
-        seconds.append(lap.seconds)
-        if lap.seconds > _LONG_SECONDS:
+        seconds.append(in_turn(run))
+        if seconds[-1] > _LONG_SECONDS:
             break
     depth = 0 if spec is None else model.depths.get(spec.layers[0], 1)
     return CostSample(depth=depth, rows=rows, seconds=min(seconds))
 
 
+def _pass_seconds(model: PassModel, inputs: Sequence[Tensor], spec: Spec | None) -> float:
+    batch, *extras = inputs
+    with Lap(model.program.device) as lap:
+        for _event in run_pass(model, batch, [(spec,) if spec else ()] * len(batch), extras=extras):
+            pass
+    return lap.seconds
+
+
 def _paced(
-    model: PassModel, inputs: Sequence[Tensor], costs: Sequence[CostSample], stages: Sequence[str], slice_seconds: float
+    model: PassModel,
+    inputs: Sequence[Tensor],
+    costs: Sequence[CostSample],
+    stages: Sequence[str],
+    slice_seconds: float,
+    in_turn: InTurn,
 ) -> Pace:
     """Chunks that fill the slice, or one row where that takes longer; where a full pass fits, chunks are as large as passes."""
     forwards = {cost.rows: cost.seconds for cost in costs if cost.depth == 0}
     if max(forwards.values()) <= slice_seconds:
         return model.pace
     chunk_rows = _rows_within(slice_seconds, forwards, model.max_rows)
-    of_stage = {layer: _tail_rows(model, inputs, layer, slice_seconds) for layer in stages}
+    of_stage = {layer: in_turn(functools.partial(_tail_rows, model, inputs, layer, slice_seconds)) for layer in stages}
     tail_rows = {}
     for layer, depth in model.depths.items():
         # Behind a layer inside a stage lies more than behind the end of that stage, and less than behind the one before it.
