@@ -25,7 +25,7 @@ from camserve.client.errors import CamserveError
 from camserve.client.inputs import AnyInput, PreparedInput, prepare
 from camserve.client.requests import RequestOptions, RequestPlan, SharedOptions, plan
 from camserve.client.results import Event, Result, collect, event_from_proto
-from camserve.client.retries import RetryPolicy
+from camserve.client.retries import LOADING_SECONDS, RetryPolicy
 from camserve.client.specs import AnySpec, Spec
 from camserve.v1 import (
     explanation_service_pb2_grpc,
@@ -153,15 +153,40 @@ class AsyncClient:
         """Returns every model and version the server knows, also those that failed to load."""
         request = model_service_pb2.ListModelsRequest()
         stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
-        response = await self._unary(lambda timeout: stub.ListModels(request, timeout=timeout))
+        response = await self._unary(lambda timeout: stub.ListModels(request, timeout=timeout), self._timeout)
         return tuple(status_from_proto(status) for status in response.models)
 
     async def model(self, name: str, version: str | None = None) -> ModelCard:
         """Returns the card of one model; raises NotFound when there is none."""
         request = model_service_pb2.GetModelRequest(model=name, version=version)
         stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
-        response = await self._unary(lambda timeout: stub.GetModel(request, timeout=timeout))
+        response = await self._unary(lambda timeout: stub.GetModel(request, timeout=timeout), self._timeout)
         return card_from_proto(response.card)
+
+    async def load_model(
+        self,
+        name: str,
+        version: str | None = None,
+        *,
+        timeout: float | None = LOADING_SECONDS,  # noqa: ASYNC109 - as in every other call of this client.
+    ) -> ModelCard:
+        """Lets the server load a model from its repository; see `Client.load_model`."""
+        request = model_service_pb2.LoadModelRequest(model=name, version=version)
+        stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
+        response = await self._unary(lambda left: stub.LoadModel(request, timeout=left), timeout)
+        return card_from_proto(response.card)
+
+    async def unload_model(
+        self,
+        name: str,
+        version: str | None = None,
+        *,
+        timeout: float | None = LOADING_SECONDS,  # noqa: ASYNC109 - as in every other call of this client.
+    ) -> None:
+        """Lets the server unload a model; see `Client.unload_model`."""
+        request = model_service_pb2.UnloadModelRequest(model=name, version=version)
+        stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
+        await self._unary(lambda left: stub.UnloadModel(request, timeout=left), timeout)
 
     async def _many(
         self,
@@ -235,18 +260,18 @@ class AsyncClient:
                 raise failure
             await self._pause(failure, attempt, _left(request_plan.limit_seconds, time.monotonic() - started))
 
-    async def _unary(self, call: Callable[[float | None], Awaitable[Any]]) -> Any:
+    async def _unary(self, call: Callable[[float | None], Awaitable[Any]], limit: float | None) -> Any:
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:
-                return await call(_left(self._timeout, time.monotonic() - started))
+                return await call(_left(limit, time.monotonic() - started))
             except grpc.RpcError as error:
                 failure = self._failure(error)
             except asyncio.CancelledError:
                 if not self._ended.is_set() or _is_cancelled():
                     raise
                 failure = errors.closed()
-            await self._pause(failure, attempt, _left(self._timeout, time.monotonic() - started))
+            await self._pause(failure, attempt, _left(limit, time.monotonic() - started))
         raise AssertionError("count() never ends")
 
     async def _pause(self, failure: CamserveError, attempt: int, remaining: float | None) -> None:

@@ -19,10 +19,11 @@ class ModelStatus:
     Attributes:
         name: its name.
         version: its version.
-        state: "loading", "ready" or "failed".
-        error: why it failed, or empty.
+        state: "loading", "ready", "failed", "unloading" or "unloaded".
+        error: why it failed, or why a ready one could not be loaded anew from files that have changed; else empty.
         class_count: number of classes, when ready.
         default_layer: the layer explained when a spec names none, when ready.
+        version_labels: names that requests may give in place of this version, such as "stable".
     """
 
     name: str
@@ -31,6 +32,7 @@ class ModelStatus:
     error: str
     class_count: int
     default_layer: str
+    version_labels: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +189,7 @@ def status_from_proto(message: model_service_pb2.ModelStatus) -> ModelStatus:
         error=message.error,
         class_count=message.class_count,
         default_layer=message.default_layer,
+        version_labels=tuple(message.version_labels),
     )
 
 

@@ -16,6 +16,7 @@ import click
 
 from camserve.client.cli_groups import DefaultCommandGroup
 from camserve.client.errors import CamserveError, Unavailable
+from camserve.client.retries import LOADING_SECONDS
 from camserve.client.sync_client import Client
 
 _EXAMPLES = """
@@ -25,6 +26,8 @@ Examples:
   camserve models surface                its card: layers, methods, labels
   camserve models --json | jq '.[].name'
   camserve models --server gpu7:50051
+  camserve models load surface           serve what its repository holds of it now
+  camserve models unload surface --version 1
   camserve models show add               the card of a model that is called like a command
   camserve models check /srv/models      would this folder be served? asks no server
 """
@@ -75,8 +78,42 @@ def show(name: str | None, model_version: str | None, server: str, as_json: bool
 def models() -> None:
     """List the models of a server, or show the card of the one called NAME.
 
-    With a command, look after a folder of models instead.
+    With a command, load or unload one, or look after a folder of models.
     """
+
+
+_version_option = click.option("--version", "model_version", help="Version of the model, or a label.")
+_timeout_option = click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=LOADING_SECONDS, show_default=True,
+    help="Seconds to wait; the server goes on without us.",
+)  # fmt: skip
+
+
+@models.command("load")
+@click.argument("name")
+@_version_option
+@server_option
+@_timeout_option
+def load(name: str, model_version: str | None, server: str, timeout: float) -> None:
+    """Load NAME from the server's repository, or what has changed of it, and wait until it serves.
+
+    Without a version, those serve that its model.toml asks for, and no others.
+    """
+    with told_briefly(server), Client(server) as client:
+        card = client.load_model(name, model_version, timeout=timeout)
+    click.echo(f"{card.name} version {card.version} is ready")
+
+
+@models.command("unload")
+@click.argument("name")
+@_version_option
+@server_option
+@_timeout_option
+def unload(name: str, model_version: str | None, server: str, timeout: float) -> None:
+    """Unload NAME, or one version of it, and wait until its last request is answered and its memory is free."""
+    with told_briefly(server), Client(server) as client:
+        client.unload_model(name, model_version, timeout=timeout)
+    click.echo(f"{name}{f' version {model_version}' if model_version else ''} is unloaded")
 
 
 @contextlib.contextmanager

@@ -7,8 +7,12 @@ then the caller should hear of the failure now.
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 from camserve.client.errors import CamserveError
+
+LOADING_SECONDS: Final = 600.0
+"""How long a call waits for a model to be loaded or unloaded, if nobody says: minutes are usual for large ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from camserve.client.inputs import AnyInput, PreparedInput, prepare
 from camserve.client.lifetimes import Lifetime
 from camserve.client.requests import RequestOptions, RequestPlan, SharedOptions, plan
 from camserve.client.results import Event, Result, collect, event_from_proto
-from camserve.client.retries import RetryPolicy
+from camserve.client.retries import LOADING_SECONDS, RetryPolicy
 from camserve.client.specs import AnySpec, Spec
 from camserve.v1 import (
     explanation_service_pb2_grpc,
@@ -180,14 +180,50 @@ class Client:
     def models(self) -> tuple[ModelStatus, ...]:
         """Returns every model and version the server knows, also those that failed to load."""
         request = model_service_pb2.ListModelsRequest()
-        response = self._unary(lambda timeout: self._models.ListModels(request, timeout=timeout))
+        response = self._unary(lambda timeout: self._models.ListModels(request, timeout=timeout), self._timeout)
         return tuple(status_from_proto(status) for status in response.models)
 
     def model(self, name: str, version: str | None = None) -> ModelCard:
         """Returns the card of one model; raises NotFound when there is none."""
         request = model_service_pb2.GetModelRequest(model=name, version=version)
-        response = self._unary(lambda timeout: self._models.GetModel(request, timeout=timeout))
+        response = self._unary(lambda timeout: self._models.GetModel(request, timeout=timeout), self._timeout)
         return card_from_proto(response.card)
+
+    def load_model(
+        self, name: str, version: str | None = None, *, timeout: float | None = LOADING_SECONDS
+    ) -> ModelCard:
+        """Lets the server load a model from its repository, and returns when it serves.
+
+        Until then, and if that fails, what served before serves on. A version that serves already is loaded anew if its files
+        have changed. Leaving early does not stop the loading.
+
+        Args:
+            name: of the model.
+            version: of the model, or a label; None applies the policy of its `model.toml` to what the repository holds now.
+            timeout: seconds to wait; None waits for ever.
+
+        Returns:
+            The card; of several versions the newest one's.
+
+        Raises:
+            NotFound: the repository has no such model or version.
+            FailedPrecondition: it could not be loaded; the text says why.
+            Overloaded: models may take no more memory than they do.
+        """
+        request = model_service_pb2.LoadModelRequest(model=name, version=version)
+        response = self._unary(lambda left: self._models.LoadModel(request, timeout=left), timeout)
+        return card_from_proto(response.card)
+
+    def unload_model(self, name: str, version: str | None = None, *, timeout: float | None = LOADING_SECONDS) -> None:
+        """Lets the server unload a model: no request gets in any more, and this returns when those inside are answered.
+
+        Args:
+            name: of the model.
+            version: of the model, or a label; None unloads all.
+            timeout: seconds to wait; None waits for ever.
+        """
+        request = model_service_pb2.UnloadModelRequest(model=name, version=version)
+        self._unary(lambda left: self._models.UnloadModel(request, timeout=left), timeout)
 
     def _many(
         self, images: Iterable[AnyInput], request_plan: RequestPlan, concurrency: int, on_error: str
@@ -244,15 +280,15 @@ class Client:
                 raise failure
             self._pause(failure, attempt, _left(request_plan.limit_seconds, time.monotonic() - started), life)
 
-    def _unary(self, call: Callable[[float | None], Any]) -> Any:
+    def _unary(self, call: Callable[[float | None], Any], limit: float | None) -> Any:
         started = time.monotonic()
         for attempt in itertools.count(1):
-            left = _left(self._timeout, time.monotonic() - started)
+            left = _left(limit, time.monotonic() - started)
             try:
                 return self._life.begin(functools.partial(call, left))
             except grpc.RpcError as error:
                 failure = self._life.failure(error)
-            self._pause(failure, attempt, _left(self._timeout, time.monotonic() - started), self._life)
+            self._pause(failure, attempt, _left(limit, time.monotonic() - started), self._life)
         raise AssertionError("count() never ends")
 
     def _pause(self, failure: CamserveError, attempt: int, remaining: float | None, life: Lifetime) -> None:

@@ -14,13 +14,14 @@ def show_statuses(statuses: tuple[ModelStatus, ...]) -> None:
     table = Table(title="Models")
     for heading in ("name", "version", "state", "classes", "default layer", "error"):
         table.add_column(heading)
-    colours = {"ready": "green", "loading": "yellow", "failed": "red"}
+    colours = {"ready": "green", "loading": "yellow", "unloading": "yellow", "failed": "red", "unloaded": "dim"}
     for status in statuses:
         state = f"[{colours.get(status.state, 'default')}]{escape(status.state)}[/]"
         classes = str(status.class_count) if status.state == "ready" else ""
+        version = " ".join([status.version, *(f"({label})" for label in status.version_labels)])
         table.add_row(
             escape(status.name),
-            escape(status.version),
+            escape(version),
             state,
             classes,
             escape(status.default_layer),
