@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -19,15 +18,18 @@ import structlog
 import torch
 from grpc_reflection.v1alpha import reflection
 
+from camserve.server.announcements import Announcements
 from camserve.server.decode import DecodeLimits
 from camserve.server.dispatch import dispatch
 from camserve.server.door import Door, DoorLimits
+from camserve.server.engine.turns import InTurn
 from camserve.server.health import SERVICES, Health
 from camserve.server.heartbeat import Heartbeat
 from camserve.server.interceptors import CallInterceptor
 from camserve.server.jobs import Lane
 from camserve.server.metrics import Metrics
-from camserve.server.models.compiling import compile_plan
+from camserve.server.models.compiling_queue import CompilingQueue
+from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.loader import load_model
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
@@ -80,8 +82,6 @@ class App:
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
-        self._is_loading = False
-        self._compiling: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()
 
     async def start(self) -> None:
@@ -96,6 +96,21 @@ class App:
         )
         self._door = Door(limits, metrics, queue.forecast)
         metrics.hooks.set_function(self.repository.hooks)
+        self._compiling = CompilingQueue(self.repository, cache=settings.plan_cache, on_device=self._runner.call)
+        self.lifecycle = Lifecycle(
+            self.repository,
+            self._sources,
+            root=settings.repository,
+            load=self._load_model,
+            on_device=self._runner.call,
+            witness=Announcements(
+                repository=self.repository,
+                health=self._health,
+                metrics=metrics,
+                queue=queue,
+                compiling=self._compiling,
+            ),
+        )
         metrics.queue_bytes.set_function(lambda: self._door.held_bytes)
         for lane in Lane:
             metrics.watch_queue(
@@ -127,7 +142,9 @@ class App:
         explanation_service_pb2_grpc.add_ExplanationServiceServicer_to_server(
             ExplanationServicer(self.repository, pipeline, request_limits), server
         )
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self.repository), server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelServicer(self.repository, self.lifecycle), server
+        )
         self._health.add_to(server)
         reflection.enable_server_reflection((*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         await self._health.set_server(is_serving=False)
@@ -155,68 +172,30 @@ class App:
         self._dispatching.add_done_callback(self._when_dispatch_ends)
 
     async def load(self) -> None:
-        """Loads every model, one after another, on the device thread; a model that fails leaves the others alone."""
-        self._is_loading = True
-        to_compile = []
-        for source in self._sources:
-            if self._is_draining:
-                return
-            load = functools.partial(
-                load_model,
-                source,
-                device=self.device,
-                max_batch_rows=self.settings.max_batch_rows,
-                max_maps=self.settings.max_maps,
-                slice_seconds=self.settings.slice_seconds,
-                most_threads=self.settings.torch_threads,
-                max_archive_bytes=self.settings.max_archive_bytes,
-            )
-            try:
-                served = await self._runner.call(load, is_timed=False)
-            except Exception as error:  # noqa: BLE001 - a model file is foreign code and may raise anything
-                _log.error("model failed to load", model=source.name, version=source.version, error=str(error))
-                self.repository.set_failed(source, str(error))
-                self.metrics.model_ready.labels(source.name, source.version).set(0)
-                await self._health.set_model(source.name, is_serving=False)
-                continue
-            self.repository.set_ready(served)
-            self.metrics.model_ready.labels(source.name, source.version).set(1)
-            await self._health.set_model(source.name, is_serving=True)
-            card = served.card
-            _log.info(
-                "model ready",
-                model=card.name,
-                version=card.version,
-                kind=card.kind,
-                classes=card.class_count,
-                default_layer=card.default_layer,
-                plan=card.plan.form,
-                speedup=round(card.plan.speedup, 2),
-                threads=card.plan.threads,
-                seconds=round(card.warm_up_seconds, 3),
-            )
-            if served.pass_model.compiled is not None:
-                to_compile.append((source, served))
-        self._is_loading = False
+        """Loads every model, one after another, while those that are ready serve; one that fails leaves the others alone."""
+        await self.lifecycle.start()
+        if self._is_draining:
+            return
         await self._health.set_server(is_serving=True)
-        if to_compile and not self._is_draining:
-            self._compiling = asyncio.create_task(self._compile(to_compile), name="camserve-compile")
+        self._compiling.begin()
 
     async def compiled(self) -> None:
         """Waits, after `load`, until the plan of every model that asks for it is compiled or given up; requests never do."""
-        if self._compiling is not None:
-            await asyncio.wait({self._compiling})
+        await self._compiling.wait()
 
-    async def _compile(self, models: Sequence[tuple[ModelSource, ServedModel]]) -> None:
-        """Compiles beside the serving, one model after another; what came of it is told on the card."""
-        for source, served in models:
-            try:
-                note = await compile_plan(source, served, cache=self.settings.plan_cache, on_device=self._runner.call)
-            except Exception as error:  # noqa: BLE001 - compilers are foreign code; what serves must go on
-                note = f"not compiled: {error}"
-            card = dataclasses.replace(served.card, notes=(*served.card.notes, note))
-            self.repository.set_ready(dataclasses.replace(served, card=card))
-            _log.info("plan compiled", model=card.name, version=card.version, note=note)
+    def _load_model(self, source: ModelSource, in_turn: InTurn) -> ServedModel:
+        """Loads one model, in the thread of the lifecycle."""
+        settings = self.settings
+        return load_model(
+            source,
+            device=self.device,
+            max_batch_rows=settings.max_batch_rows,
+            max_maps=settings.max_maps,
+            slice_seconds=settings.slice_seconds,
+            most_threads=settings.torch_threads,
+            max_archive_bytes=settings.max_archive_bytes,
+            in_turn=in_turn,
+        )
 
     async def drain(self) -> bool:
         """Shuts down so that nobody who was let in is lost; a second call does nothing.
@@ -226,7 +205,7 @@ class App:
         is not waited for.
 
         Returns:
-            Whether everything ended; if not, the device thread is still busy and only ending the process will stop it.
+            Whether everything ended; if not, a thread is still busy and only ending the process will stop it.
         """
         if self._is_draining:
             return True
@@ -235,11 +214,10 @@ class App:
         inside, knocks = self._door.inside, self._door.knocks
         _log.info("draining", requests=inside)
         await self._health.drain()
+        await self.lifecycle.close()
+        await self._compiling.close()
         # Time itself is what is waited for: no balancer tells when it has noticed.
         await asyncio.sleep(self.settings.drain_delay_seconds)
-        if self._compiling is not None:
-            self._compiling.cancel()
-            await asyncio.wait({self._compiling})
         self._door.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._door.wait_until_empty(), self.settings.drain_seconds)
@@ -251,10 +229,10 @@ class App:
         self._dispatching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._dispatching
-        is_idle = await self._runner.close(0 if self._is_loading else self.settings.drain_seconds)
+        is_idle = await self._runner.close(self.settings.drain_seconds) and self.lifecycle.is_idle
         self._workers.shutdown(wait=is_idle, cancel_futures=True)
         await self._closing.aclose()
-        _log.info("stopped", device_is_idle=is_idle)
+        _log.info("stopped", is_idle=is_idle)
         return is_idle
 
     def _when_dispatch_ends(self, task: asyncio.Task[None]) -> None:

@@ -50,6 +50,7 @@ def demand_of(job: Job, model: ServedModel) -> Demand:
     key = BatchKey(
         model=job.model,
         version=job.version,
+        load_number=model.load_number,
         shape=tuple(card.recipe.shape),
         extra_shapes=tuple(extra.shape for extra in card.extra_inputs),
         form=effort.form,

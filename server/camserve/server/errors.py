@@ -5,7 +5,7 @@ and has a twin in `camserve.v1.ErrorReason`; message text is for people and free
 
     CamserveError
     ├── InvalidRequest        the request is wrong; sending it again does not help
-    ├── NotFound              a model, version, layer or label that does not exist
+    ├── NotFound              a model, version, layer or label that does not exist, or was unloaded
     ├── Unsupported           right in itself, but this model or this version of camserve cannot do it
     ├── Overloaded            no room now; `retry_after_seconds` says when to try again
     ├── Unavailable           draining or still loading
@@ -61,6 +61,9 @@ class Reason(enum.StrEnum):
     MODEL_FAILED = "MODEL_FAILED"
     INTERNAL = "INTERNAL"
     DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
+    MODEL_UNLOADED = "MODEL_UNLOADED"
+    MODEL_LOAD_FAILED = "MODEL_LOAD_FAILED"
+    REPOSITORY_MISSING = "REPOSITORY_MISSING"
 
 
 class CamserveError(Exception):

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from camserve.server.engine.look import message_of
 from camserve.server.errors import CamserveError, ExecutionFailed, Reason
 
-__all__ = ["not_finite", "row_failure"]
+__all__ = ["contained", "not_finite", "row_failure"]
+
+_T = TypeVar("_T")
 
 
 def row_failure(error: BaseException, model: str) -> CamserveError:
@@ -44,3 +49,13 @@ def not_finite(model: str) -> CamserveError:
         f"model {model!r} gave scores that are not finite for this input; nothing can be explained",
         metadata={"model": model},
     )
+
+
+def contained(work: Callable[[], _T]) -> _T:
+    """Runs foreign code; what would end the process or cannot travel in a Future becomes an ordinary error."""
+    try:
+        return work()
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error

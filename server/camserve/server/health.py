@@ -22,8 +22,9 @@ _Status = health_pb2.HealthCheckResponse
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the library ships no types
     """The standard health service: one status for the whole server (""), each service, and `camserve/<model>`.
 
-    Unknown names get NOT_FOUND from Check and SERVICE_UNKNOWN from Watch, as the protocol says. Changed on the event loop, read
-    from any thread. Our own, since the library's forgets the other watchers of a name when one leaves.
+    Unknown names, and those of models that are gone, get NOT_FOUND from Check and SERVICE_UNKNOWN from Watch, as the protocol
+    says. Changed on the event loop, read from any thread. Our own, since the library's forgets the other watchers of a name when
+    one leaves.
 
     Attributes:
         stall: why the server hangs, or empty.
@@ -52,6 +53,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the libra
     def set_stall(self, stall: str) -> None:
         """Nothing serves while the server hangs; an empty text when it no longer does."""
         self.stall = stall
+        self._tell()
+
+    async def forget_model(self, name: str) -> None:
+        """Nobody knows of a model any more; who watches it hears so."""
+        self._is_serving.pop(f"camserve/{name}", None)
         self._tell()
 
     async def drain(self) -> None:

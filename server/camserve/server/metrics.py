@@ -148,3 +148,24 @@ class Metrics:
         self.queue_depth.labels(lane).set_function(depth)
         self.queued_seconds.labels(lane).set_function(queued_seconds)
         self.oldest_wait.labels(lane).set_function(oldest)
+
+    def forget_version(self, model: str, version: str) -> None:
+        """A version is not in memory any more: its series end."""
+        self.model_ready.remove_by_labels({"model": model, "version": version})
+        self.requests.remove_by_labels({"model": model, "version": version})
+
+    def forget_model(self, model: str) -> None:
+        """No version of a model is: label values would pile up for as long as the server runs."""
+        for instrument in (
+            self.requests,
+            self.explanations,
+            self.request_seconds,
+            self.first_message_seconds,
+            self.decode_seconds,
+            self.queue_seconds,
+            self.pass_seconds,
+            self.batch_rows,
+            self.explanations_per_pass,
+            self.model_ready,
+        ):
+            instrument.remove_by_labels({"model": model})

@@ -60,7 +60,7 @@ class Pipeline:
         """
         clock = _Clock(job, self._metrics)
         demand = demand_of(job, model)
-        with self._door.enter(_held_bytes(job, model, self._decode_limits), demand):
+        with self._door.enter(_held_bytes(job, model, self._decode_limits), demand), model.guests.enter():
             with clock.stage("decode"), self._queue.announced(demand):
                 work = functools.partial(take_in, job, model.card, self._decode_limits)
                 job, sample = work() if is_quickly_taken_in(job) else await self._in_worker(work, job.deadline)

@@ -22,6 +22,7 @@ from camserve.server.models.repository import ServedModel
 from camserve.server.replies import Reply
 from camserve.server.scheduling import (
     Backlog,
+    BatchKey,
     Candidate,
     CostModel,
     Decision,
@@ -102,7 +103,7 @@ class DeviceQueue:
         self._shares = Shares()
         self._returns = Returns(limits.window_seconds)
         self._backlog = Backlog()
-        self._seeded: set[tuple[object, int]] = set()
+        self._seeded: set[tuple[BatchKey, int]] = set()
         self._free_at = -math.inf
         self._changed = asyncio.Event()
 
@@ -280,6 +281,18 @@ class DeviceQueue:
             candidate = dataclasses.replace(entry.waiting, ticket=next(self._tickets), enqueued_at=now, work=works[0])
             self._works[entry] = candidate.ticket
             self._add(_Place(candidate, entry, Load(lane=candidate.lane, key=None, amplified_seconds=left)))
+
+    def forget(self, model: str, version: str, load_number: int) -> None:
+        """A model that was loaded is gone, and nobody is inside it: what was learnt of it goes as well."""
+        with self._lock:
+            self._seeded = {
+                place
+                for place in self._seeded
+                if (place[0].model, place[0].version, place[0].load_number) != (model, version, load_number)
+            }
+            if self._costs.forget(model, version, load_number):
+                self._returns.forget((model, version))
+                self._arriving.pop((model, version), None)
 
     def _load(self, demand: Demand) -> Load:
         known = (self._costs.whole_seconds(work) for work in demand.works.values())

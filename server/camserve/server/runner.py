@@ -22,7 +22,7 @@ import structlog
 import torch
 
 from camserve.server.engine.passes import Amplification, Closed, Forwarded, Mapped, run_pass
-from camserve.server.failures import not_finite, row_failure
+from camserve.server.failures import contained, not_finite, row_failure
 from camserve.server.heartbeat import Heartbeat
 from camserve.server.jobs import PassFacts, SpecFailed
 from camserve.server.metrics import Metrics
@@ -85,7 +85,7 @@ class Runner:
 
         def call() -> _T:
             with self._heartbeat.during("call", is_timed=is_timed):
-                return _contained(work)
+                return contained(work)
 
         self._calls += 1
         try:
@@ -302,13 +302,3 @@ def _forwarded(event: Forwarded, batch: list[Entry], started_at: float) -> list[
         else:
             letters.append((entry.reply, not_finite(entry.job.model)))
     return letters
-
-
-def _contained(work: Callable[[], _T]) -> _T:
-    """Runs foreign code; what would end the process or cannot travel in a Future becomes an ordinary error."""
-    try:
-        return work()
-    except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
-            raise
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error

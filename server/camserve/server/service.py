@@ -13,8 +13,9 @@ from typing import Any
 
 from camserve.server import jobs
 from camserve.server.access import current_record
-from camserve.server.errors import InvalidRequest, Reason, Unsupported
-from camserve.server.models.repository import ModelState, Repository
+from camserve.server.errors import InvalidRequest, Reason
+from camserve.server.models.lifecycle import Lifecycle
+from camserve.server.models.repository import ModelState, Repository, ServedModel, Slot
 from camserve.server.pipeline import Pipeline
 from camserve.server.validate import RequestLimits, check_job, check_size
 from camserve.server.wire.answers import card_message, response
@@ -71,57 +72,68 @@ _STATES = {
     ModelState.LOADING: model_service_pb2.MODEL_STATE_LOADING,
     ModelState.READY: model_service_pb2.MODEL_STATE_READY,
     ModelState.FAILED: model_service_pb2.MODEL_STATE_FAILED,
+    ModelState.UNLOADING: model_service_pb2.MODEL_STATE_UNLOADING,
+    ModelState.UNLOADED: model_service_pb2.MODEL_STATE_UNLOADED,
 }
 
 
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """`camserve.v1.ModelService`."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, lifecycle: Lifecycle) -> None:
         self._repository = repository
+        self._lifecycle = lifecycle
 
     async def ListModels(  # noqa: N802 - the name is the contract's
         self, _request: model_service_pb2.ListModelsRequest, _context: Any
     ) -> model_service_pb2.ListModelsResponse:
         """Lists every version of every model."""
-        statuses = [
-            model_service_pb2.ModelStatus(
-                name=slot.name,
-                version=slot.version,
-                state=_STATES[slot.state],
-                error=slot.error,
-                class_count=slot.served.card.class_count if slot.served else 0,
-                default_layer=slot.served.card.default_layer if slot.served else "",
-            )
-            for slot in self._repository.slots()
-        ]
-        return model_service_pb2.ListModelsResponse(models=statuses)
+        return model_service_pb2.ListModelsResponse(models=[self._status(slot) for slot in self._repository.slots()])
 
     async def GetModel(  # noqa: N802 - the name is the contract's
         self, request: model_service_pb2.GetModelRequest, _context: Any
     ) -> model_service_pb2.GetModelResponse:
         """Returns a card."""
-        if not request.model:
-            raise InvalidRequest(Reason.FIELD_INVALID, "model is required; ListModels tells the names", field="model")
-        served = self._repository.get(request.model, request.version)
-        return model_service_pb2.GetModelResponse(card=card_message(served.card))
+        served = self._repository.get(_named(request), request.version)
+        return model_service_pb2.GetModelResponse(card=self._card(served))
 
     async def LoadModel(  # noqa: N802 - the name is the contract's
         self, request: model_service_pb2.LoadModelRequest, _context: Any
     ) -> model_service_pb2.LoadModelResponse:
-        """Not built yet."""
-        raise _unbuilt("LoadModel", request.model)
+        """Loads a model from the repository and returns its card when it serves."""
+        served = await self._lifecycle.load(_named(request), request.version)
+        return model_service_pb2.LoadModelResponse(card=self._card(served))
 
     async def UnloadModel(  # noqa: N802 - the name is the contract's
         self, request: model_service_pb2.UnloadModelRequest, _context: Any
     ) -> model_service_pb2.UnloadModelResponse:
-        """Not built yet."""
-        raise _unbuilt("UnloadModel", request.model)
+        """Unloads a model and returns when its memory is free."""
+        await self._lifecycle.unload(_named(request), request.version)
+        return model_service_pb2.UnloadModelResponse()
+
+    def _status(self, slot: Slot) -> model_service_pb2.ModelStatus:
+        card = slot.served.card if slot.served else None
+        return model_service_pb2.ModelStatus(
+            name=slot.name,
+            version=slot.version,
+            state=_STATES[slot.state],
+            error=slot.error,
+            class_count=card.class_count if card else 0,
+            default_layer=card.default_layer if card else "",
+            version_labels=self._repository.labels_of(slot.name, slot.version),
+        )
+
+    def _card(self, served: ServedModel) -> model_service_pb2.ModelCard:
+        message = card_message(served.card)
+        message.notes.extend(self._repository.troubles(served.card))
+        return message
 
 
-def _unbuilt(rpc: str, model: str) -> Unsupported:
-    return Unsupported(
-        Reason.FEATURE_NOT_IMPLEMENTED,
-        f"{rpc} is not built yet; restart the server with other models",
-        metadata={"feature": rpc, "model": model},
-    )
+def _named(
+    request: model_service_pb2.GetModelRequest
+    | model_service_pb2.LoadModelRequest
+    | model_service_pb2.UnloadModelRequest,
+) -> str:
+    if not request.model:
+        raise InvalidRequest(Reason.FIELD_INVALID, "model is required; ListModels tells the names", field="model")
+    return str(request.model)

@@ -234,3 +234,29 @@ def test_phrases_lie_beside_the_card(card, tmp_path):
     config = read_config(card('[output]\nkind = "embedding"\nphrases = "p.safetensors"'))
 
     assert str(tmp_path / "p.safetensors") == config.output.phrases
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("latest = 0", r"versions\.latest: Input should be greater than 0"),
+        ('policy = "newest"', r"versions\.policy: Input should be 'latest', 'all' or 'listed'"),
+        ('policy = "listed"', r"write listed = \[\"1\"\], or take another policy"),
+        ('listed = ["1"]', "listed is given, but the policy is 'latest'; set policy to 'listed'"),
+        ('policy = "all"\nlatest = 2', "latest is given, but the policy is 'all'"),
+        ('labels = {"3" = "3"}', r"versions\.labels\.3"),
+        ('labels = {"1.5" = "3"}', r"versions\.labels"),
+        ('labels = {"../x" = "3"}', r"versions\.labels"),
+    ],
+)
+def test_versions_that_make_no_sense_are_refused(card, text, complaint):
+    """A label that looks like a number would hide a version; each policy has its own field."""
+    with pytest.raises(ValueError, match=complaint):
+        read_config(card(f"[versions]\n{text}"))
+
+
+def test_a_card_that_was_written_out_whole_is_read_again(card):
+    """The process that compiles a plan is given one."""
+    config = read_config(card('[versions]\npolicy = "all"\nlabels = {stable = 3}'))
+
+    assert config == ModelConfig.model_validate_json(config.model_dump_json())

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from camserve.server.models.sources import demo_sources, from_flag, scan_repository, version_order
+from camserve.server.models.sources import (
+    demo_sources,
+    files_of,
+    from_flag,
+    read_folder,
+    scan_repository,
+    version_order,
+)
 
 
 def model(root: Path, *files: str, toml: str | None = None) -> Path:
@@ -28,6 +35,37 @@ def test_a_repository_gives_the_newest_version_of_each_model(tmp_path):
     assert [("board", "1"), ("part", "10")] == [(source.name, source.version) for source in sources]
     assert tmp_path / "part" / "10" / "model.pt" == sources[1].path
     assert ("good", "bad") == sources[0].config.labels
+
+
+def test_a_repository_gives_what_each_policy_asks_for(tmp_path):
+    """Several versions of a model, if its card says so; each knows its own folder."""
+    toml = '[versions]\nlatest = 2\nlabels = {stable = "1"}'
+    model(tmp_path / "part", "1/model.pt", "2/model.pt", "3/model.pt", "4/model.pt", toml=toml)
+
+    sources = list(scan_repository(tmp_path))
+
+    assert ["1", "3", "4"] == [source.version for source in sources]
+    assert tmp_path / "part" / "3" == sources[1].folder
+    assert ["1", "2", "3", "4"] == list(read_folder(tmp_path / "part").sources)
+
+
+def test_files_tell_whether_a_version_has_changed(tmp_path):
+    """Its own files and its card count; those of other versions, and which versions serve, do not."""
+    part = model(tmp_path / "part", "1/model.pt", "2/model.pt", toml="max_batch = 4")
+
+    def of_first():
+        return files_of(read_folder(part).sources["1"])
+
+    before = of_first()
+    (part / "2" / "model.pt").write_bytes(b"other")
+    (part / "model.toml").write_text('max_batch = 4\n[versions]\npolicy = "all"', encoding="utf-8")
+    assert before == of_first()
+
+    (part / "1" / "model.pt").write_bytes(b"new")
+    after = of_first()
+    assert before != after
+    (part / "model.toml").write_text("max_batch = 8", encoding="utf-8")
+    assert after != of_first()
 
 
 def test_versions_are_sorted_by_number():

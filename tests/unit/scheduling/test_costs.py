@@ -167,3 +167,25 @@ def test_rows_that_fill_the_batch_up_are_no_rows() -> None:
 
     for rows in (1, 3, 8):
         assert 0.05 == pytest.approx(costs.line(KEY, 1).seconds(rows), rel=0.1)
+
+
+def test_what_is_gone_is_forgotten():
+    """Of one load its own lines; of a version of which no load is left everything, and of others nothing."""
+    costs = CostModel()
+    work = WorkKey(model="a", version="1", method="score-cam")
+    keys = [
+        BatchKey(model="a", version=version, shape=(3, 8, 8), load_number=number)
+        for version, number in (("1", 1), ("1", 2), ("2", 3))
+    ]
+    for key in keys:
+        costs.observe(key, 1, 1, 0.5, now=0.0)
+    costs.observe_whole(work, 2.0, now=0.0)
+    costs.observe_chunk(work, 0.1)
+
+    assert not costs.forget("a", "1", 1)
+    assert 2.0 == costs.whole_seconds(work)
+    assert costs.forget("a", "1", 2)
+    assert costs.whole_seconds(work) is None
+    assert not costs.line(keys[0], 1).is_known
+    assert costs.line(keys[2], 1).is_known
+    assert costs.forget("a", "9", 1)

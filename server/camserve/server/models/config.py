@@ -8,10 +8,19 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -25,12 +34,17 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PlanConfig",
+    "VersionsConfig",
     "read_config",
     "read_labels",
     "read_phrases",
 ]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+# In TOML a version is easily written as a number.
+_VersionName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+_VersionLabel = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 
 
 class ExtraConfig(BaseModel):
@@ -111,6 +125,30 @@ class PlanConfig(BaseModel):
     )
 
 
+class VersionsConfig(BaseModel):
+    """Which versions of the model serve: `[versions]`."""
+
+    model_config = _STRICT
+
+    policy: Literal["latest", "all", "listed"] = "latest"
+    latest: PositiveInt = Field(1, description="How many of the newest, under policy latest.")
+    listed: tuple[_VersionName, ...] = Field((), description="Which ones, under policy listed.")
+    labels: dict[_VersionLabel, _VersionName] = Field(
+        default_factory=dict,
+        description="Names that requests may give in place of a version, such as stable; what they name serves as well.",
+    )
+
+    @model_validator(mode="after")
+    def _fields_belong_to_the_policy(self) -> Self:
+        # Values other than the defaults: a whole card is written out for the process that compiles.
+        for field, is_given in (("latest", self.latest != 1), ("listed", bool(self.listed))):
+            if is_given and self.policy != field:
+                raise ValueError(f"{field} is given, but the policy is {self.policy!r}; set policy to {field!r}")
+        if self.policy == "listed" and not self.listed:
+            raise ValueError("the policy is 'listed' and no version is; write listed = [\"1\"], or take another policy")
+        return self
+
+
 class ModelConfig(BaseModel):
     """`model.toml`."""
 
@@ -124,6 +162,7 @@ class ModelConfig(BaseModel):
     default_layer: str = Field("", description="Explained when a spec names no layer; empty lets the probe choose.")
     max_batch: int | None = Field(None, ge=1, description="Most rows in one pass; default: the server's.")
     plan: PlanConfig = PlanConfig()
+    versions: VersionsConfig = VersionsConfig()
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
 
     @model_validator(mode="after")

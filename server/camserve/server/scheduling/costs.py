@@ -195,6 +195,20 @@ class CostModel:
         _, runs, observed_at = self._wholes.get(work, (0.0, 0, -math.inf))
         return runs >= _FEWEST_TO_TRUST and now - observed_at <= _SECONDS_OF_TRUST
 
+    def forget(self, model: str, version: str, load_number: int) -> bool:
+        """What was loaded so is gone; returns whether nothing is left of that version, not even loaded anew."""
+        places = self._places.get((model, version), [])
+        for place in [place for place in places if place[0].load_number == load_number]:
+            places.remove(place)
+            del self._fits[place]
+        if places:
+            return False
+        self._places.pop((model, version), None)
+        for remembered in (self._chunks, self._wholes):
+            for work in [work for work in remembered if (work.model, work.version) == (model, version)]:
+                del remembered[work]
+        return True
+
 
 def _joined(
     sums: tuple[float, float, float, float, float],

@@ -80,3 +80,7 @@ class Returns:
             if now < last.ended_at + self._window_seconds
             and (last.rows * last.share - last.came >= _FEWEST or arriving.get(model))
         }
+
+    def forget(self, model: Model) -> None:
+        """A model is gone."""
+        self._last.pop(model, None)

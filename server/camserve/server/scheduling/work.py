@@ -29,6 +29,7 @@ class BatchKey:
     Attributes:
         model: name.
         version: of the model.
+        load_number: tells apart what a version was before and after it was loaded anew.
         shape: of one row.
         dtype: numpy name of the input's.
         extra_shapes: of further inputs.
@@ -41,11 +42,12 @@ class BatchKey:
     dtype: str = "float32"
     extra_shapes: tuple[tuple[int, ...], ...] = ()
     form: str = ""
+    load_number: int = 0
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Looked up for every row at every decision: hashed once.
-        fields = (self.model, self.version, self.shape, self.dtype, self.extra_shapes, self.form)
+        fields = (self.model, self.version, self.shape, self.dtype, self.extra_shapes, self.form, self.load_number)
         object.__setattr__(self, "_hash", hash(fields))
 
     def __hash__(self) -> int:

@@ -61,6 +61,9 @@ _CODES: Mapping[errors.Reason, Any] = MappingProxyType(
         errors.Reason.MODEL_FAILED: code_pb2.INTERNAL,
         errors.Reason.INTERNAL: code_pb2.INTERNAL,
         errors.Reason.DEADLINE_UNREACHABLE: code_pb2.RESOURCE_EXHAUSTED,
+        errors.Reason.MODEL_UNLOADED: code_pb2.NOT_FOUND,
+        errors.Reason.MODEL_LOAD_FAILED: code_pb2.FAILED_PRECONDITION,
+        errors.Reason.REPOSITORY_MISSING: code_pb2.FAILED_PRECONDITION,
     }
 )
 
@@ -93,7 +96,7 @@ def status_of(error: errors.CamserveError) -> status_pb2.Status:
     if error.retry_after_seconds is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_seconds)))
     if code == code_pb2.NOT_FOUND:
-        kind = error.reason.removesuffix("_NOT_FOUND").lower()
+        kind = error.reason.partition("_")[0].lower()
         name = error.metadata.get(kind, "")
         details.append(
             error_details_pb2.ResourceInfo(

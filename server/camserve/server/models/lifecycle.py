@@ -1,0 +1,345 @@
+"""How models come and go while a server serves: every load, reload and unload, and what is told of them.
+
+`app.py` lets it load what the server starts with, `service.py` hands it LoadModel and UnloadModel. It alone changes the
+`Repository`. Lives on the event loop; models are loaded in a thread of their own, and warmed up on the device thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from camserve.server.engine.program import Program
+from camserve.server.engine.turns import InTurn
+from camserve.server.errors import CamserveError, NotFound, Reason, Unavailable, Unsupported
+from camserve.server.models.loading import LoadingThread, OnDevice
+from camserve.server.models.memory import give_back
+from camserve.server.models.repository import ModelState, Repository, ServedModel
+from camserve.server.models.sources import ModelFolder, ModelSource, files_of, is_model_name, read_folder
+
+__all__ = ["Lifecycle", "Witness"]
+
+# The device thread may still be at a pass whose callers all left; after so many turns it is not.
+_MOST_TURNS = 4
+
+
+class Witness(Protocol):
+    """Who is told of what happens to models, each time before anybody else can act on it."""
+
+    async def ready(self, source: ModelSource, served: ServedModel) -> None:
+        """A model answers from now on."""
+        ...
+
+    async def failed(self, source: ModelSource, error: Exception) -> None:
+        """A model could not be loaded."""
+        ...
+
+    async def leaving(self, served: ServedModel) -> None:
+        """A model takes no request any more; who holds it for other reasons lets go of it."""
+        ...
+
+    async def left(self, name: str, version: str, load_number: int) -> None:
+        """Nobody is inside a model any more, and what was remembered of it can go."""
+        ...
+
+    async def forgotten(self, name: str) -> None:
+        """A version of a model is not listed any more."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Work:
+    """What is being done to one version of a model."""
+
+    kind: str
+    task: asyncio.Task[Any]
+
+
+class Lifecycle:
+    """Loads and unloads.
+
+    Args:
+        repository: that it fills.
+        sources: what the server starts with; what none of them has a folder for was given by flags.
+        root: the folder of models, or None.
+        load: loads one source, in the given thread; its second argument runs pieces of that on the device.
+        on_device: runs a piece on the device thread.
+        witness: is told.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        sources: Sequence[ModelSource],
+        *,
+        root: Path | None,
+        load: Callable[[ModelSource, InTurn], ServedModel],
+        on_device: OnDevice,
+        witness: Witness,
+    ) -> None:
+        self._repository = repository
+        self._first = list(sources)
+        self._given = {
+            (source.name, source.version): source for source in sources if source.folder is None or root is None
+        }
+        self._root = root
+        self._load_source = load
+        self._on_device = on_device
+        self._witness = witness
+        self._thread = LoadingThread()
+        self._numbers = itertools.count(1)
+        self._files: dict[tuple[str, str], Hashable] = {}
+        self._works: dict[tuple[str, str], _Work] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being loaded."""
+        return self._thread.is_idle
+
+    async def start(self) -> None:
+        """Loads what the server starts with, one after another; one that fails leaves the others alone."""
+        for source in self._first:
+            slot = self._repository.slot(source.name, source.version)
+            if self._is_closed or slot is None or slot.state is not ModelState.LOADING:
+                continue
+            with contextlib.suppress(CamserveError):  # Told on its slot.
+                await self._loaded(source)
+
+    async def load(self, name: str, version: str = "") -> ServedModel:
+        """Loads a version, or what the model's policy asks for; returns when it serves, the newest of several.
+
+        A version that serves already, of files that have not changed, is left alone. Who waits may leave: the loading goes on.
+
+        Raises:
+            NotFound: the repository has no such model or version.
+            Unsupported: it could not be loaded, and what served before serves on; or there is no repository.
+            Unavailable: the server is shutting down.
+        """
+        self._check_open()
+        if version:
+            return await self._loaded(await self._source(name, version))
+        given = [source for (given_name, _), source in self._given.items() if given_name == name]
+        if given:
+            return (await self._all_loaded(given))[-1]
+        folder = await self._folder(name)
+        if not self._repository.slots(name):
+            self._repository.set_labels(name, folder.labels)
+        served = await self._all_loaded(folder.wanted)
+        self._repository.set_labels(name, folder.labels)
+        await self._drop_others(folder)
+        return served[-1]
+
+    async def unload(self, name: str, version: str = "") -> None:
+        """Unloads a version, or all; returns when its memory is free. What is unloaded already is left alone.
+
+        Raises:
+            NotFound: no such model or version.
+            Unavailable: the server is shutting down.
+        """
+        self._check_open()
+        slots = self._repository.slots(name)
+        named = self._repository.version(name, version)
+        if not slots or (version and named not in {slot.version for slot in slots}):
+            self._repository.get(name, version)  # Raises: it knows what there is.
+        await self._all(self._unloaded(name, slot.version) for slot in slots if not version or slot.version == named)
+
+    async def close(self) -> None:
+        """Stops: what waits is cancelled, what is being loaded is not waited for."""
+        self._is_closed = True
+        self._thread.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise Unavailable(Reason.DRAINING, "the server is shutting down; send the request to another replica")
+
+    # What is in the repository's folder. Folders may lie on a network, so that they are read elsewhere than on the event loop.
+
+    async def _source(self, name: str, version: str) -> ModelSource:
+        """The source of one version, or of that which a label names."""
+        given = self._given.get((name, self._repository.version(name, version)))
+        if given is not None:
+            return given
+        folder = await self._folder(name)
+        source = folder.sources.get(folder.labels.get(version, version))
+        if source is None:
+            raise NotFound(
+                Reason.VERSION_NOT_FOUND,
+                f"the repository has no version {version!r} of model {name!r}; it has: {', '.join(folder.sources)}",
+                field="version",
+                metadata={"model": name, "version": version},
+            )
+        return source
+
+    async def _folder(self, name: str) -> ModelFolder:
+        """What the repository holds of a model."""
+        if self._root is None:
+            known = ", ".join(sorted({given for given, _ in self._given})) or "none"
+            raise Unsupported(
+                Reason.REPOSITORY_MISSING,
+                f"this server has no model repository to load {name!r} from, only what it was started with: {known}; "
+                "start it with --models DIR",
+                field="model",
+                metadata={"model": name, "known": known},
+            )
+        # A name is never joined to a path before it is known to be one.
+        if not is_model_name(name) or not await asyncio.to_thread((self._root / name).is_dir):
+            raise NotFound(
+                Reason.MODEL_NOT_FOUND,
+                f"the repository has no model {name!r}; put it into a folder of that name",
+                field="model",
+                metadata={"model": name},
+            )
+        try:
+            return await asyncio.to_thread(read_folder, self._root / name)
+        except (ValueError, OSError) as error:
+            raise Unsupported(Reason.MODEL_LOAD_FAILED, str(error), metadata={"model": name}) from error
+
+    async def _drop_others(self, folder: ModelFolder) -> None:
+        """Begins to unload what the policy does not ask for; what is not in the folder either is forgotten afterwards."""
+        wanted = {source.version for source in folder.wanted}
+        for slot in self._repository.slots(folder.name):
+            if slot.version in wanted:
+                continue
+            if slot.state is not ModelState.UNLOADED:
+                self._keep(self._unloaded(folder.name, slot.version))
+            elif slot.version not in folder.sources:
+                await self._forget(folder.name, slot.version)
+
+    # One thing at a time is done to a version; who asks for what is being done already waits for that.
+
+    async def _loaded(self, source: ModelSource) -> ServedModel:
+        work = functools.partial(self._load, source)
+        served: ServedModel = await self._joined((source.name, source.version), "load", work)
+        return served
+
+    async def _all_loaded(self, sources: Iterable[ModelSource]) -> list[ServedModel]:
+        return await self._all(self._loaded(source) for source in sources)
+
+    async def _unloaded(self, name: str, version: str) -> None:
+        await self._joined((name, version), "unload", functools.partial(self._unload, name, version))
+
+    async def _joined(self, key: tuple[str, str], kind: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        while (current := self._works.get(key)) is not None and current.kind != kind:
+            await asyncio.wait({current.task})
+        if current is None:
+            self._check_open()
+            current = self._works[key] = _Work(kind, self._keep(work()))
+            current.task.add_done_callback(lambda _: self._works.pop(key, None))
+        try:
+            return await asyncio.shield(current.task)
+        except asyncio.CancelledError:
+            if current.task.cancelled():
+                self._check_open()  # Not the caller left: the server ends.
+            raise
+
+    @staticmethod
+    async def _all(works: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Waits for all of them; then the first error, if there is one, is raised."""
+        results = await asyncio.gather(*works, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results
+
+    def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Lets it run to its end, whoever waits for it or not."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # Told elsewhere: not lost.
+        return task
+
+    async def _load(self, source: ModelSource) -> ServedModel:
+        key = (source.name, source.version)
+        slot = self._repository.slot(*key)
+        before = None if slot is None else slot.served
+        try:
+            files = await asyncio.to_thread(files_of, source)
+            if before is not None and self._files.get(key) == files:
+                return before
+            self._repository.set_loading(source)
+            in_turn = self._thread.in_turn(self._on_device)
+            loaded = await self._thread.run(functools.partial(self._load_source, source, in_turn))
+        except Exception as error:
+            self._check_open()
+            self._repository.set_loading(source)
+            self._repository.set_failed(source, str(error))
+            await self._witness.failed(source, error)
+            raise _load_failed(source, error, before) from error
+        served = dataclasses.replace(loaded, load_number=next(self._numbers))
+        del loaded
+        self._files[key] = files
+        self._repository.set_ready(served)
+        await self._witness.ready(source, served)
+        if before is not None:
+            self._keep(self._let_go([before]))
+        return served
+
+    async def _unload(self, name: str, version: str) -> None:
+        served = self._repository.set_leaving(name, version)
+        self._files.pop((name, version), None)
+        if served is not None:
+            leaving = [served]
+            del served  # Whoever refers to it keeps it in memory.
+            await self._let_go(leaving)
+        self._repository.set_unloaded(name, version)
+        await self._forget_if_gone(name, version)
+
+    async def _let_go(self, leaving: list[ServedModel]) -> None:
+        """Waits until nobody is inside a model, then sees that its memory is free.
+
+        Args:
+            leaving: the model, taken out of this list, so that no caller keeps it.
+        """
+        served = leaving.pop()
+        card, load_number = served.card, served.load_number
+        program: weakref.ref[Program] = weakref.ref(served.program)
+        await self._witness.leaving(served)
+        await served.guests.wait_until_empty()
+        del served
+        # The device thread writes down what a pass took when its answers are already on their way.
+        await self._on_device(_nothing)
+        await self._witness.left(card.name, card.version, load_number)
+        for _ in range(_MOST_TURNS):
+            if program() is None:
+                break
+            await self._on_device(_nothing)
+        await asyncio.to_thread(give_back, lambda: program() is None)
+
+    async def _forget_if_gone(self, name: str, version: str) -> None:
+        """An unloaded version stays listed as long as it can be loaded again."""
+        if (name, version) in self._given:
+            return
+        if self._root is None or not await asyncio.to_thread((self._root / name / version).is_dir):
+            await self._forget(name, version)
+
+    async def _forget(self, name: str, version: str) -> None:
+        self._repository.forget(name, version)
+        await self._witness.forgotten(name)
+
+
+def _load_failed(source: ModelSource, error: Exception, before: ServedModel | None) -> CamserveError:
+    serves_on = "; what was loaded before serves on" if before is not None else ""
+    metadata = {"model": source.name, "version": source.version}
+    return Unsupported(
+        Reason.MODEL_LOAD_FAILED,
+        f"model {source.name!r} version {source.version} could not be loaded: {error}{serves_on}",
+        metadata=metadata,
+    )
+
+
+def _nothing() -> None:
+    """Runs when the device thread has done with what it was at."""
