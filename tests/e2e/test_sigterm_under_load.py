@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -151,7 +152,9 @@ def storm(folder: Path, rounds: int) -> list[Round]:
         to_come = iter(range(rounds))
         try:
             for place in range(rounds):
-                ahead.extend(starting.submit(start, later) for later in _first(to_come, STARTED_AHEAD + 1 - len(ahead)))
+                ahead.extend(
+                    starting.submit(start, later) for later in itertools.islice(to_come, STARTED_AHEAD + 1 - len(ahead))
+                )
                 served = ahead.popleft().result()
                 children = psutil.Process(served.pid).children(recursive=True)
                 found = asyncio.run(live_and_end(served, random.Random(place)))  # noqa: S311 - no secret
@@ -163,10 +166,6 @@ def storm(folder: Path, rounds: int) -> list[Round]:
             for future in ahead:
                 future.result().close()
     return seen
-
-
-def _first(numbers: Iterator[int], count: int) -> list[int]:
-    return [number for number, _ in zip(numbers, range(count), strict=False)]
 
 
 def assert_nobody_was_lost(rounds: list[Round]) -> None:
