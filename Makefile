@@ -4,6 +4,7 @@
 #   make check   format, lint, types, protos, import rules
 #   make serve   a server on port 50051 with the demo model
 #   make bench   the benchmarks          make bench-peers   only the one beside other servers
+#   make soak    two hours of mixed load, or SOAK_SECONDS, and whether the server is afterwards what it was
 #   make docs    docs/methods.md and docs/pictures, written from the code
 #   make wheelhouse   camserve[server] and all it needs as wheels in build/wheelhouse, for machines without internet
 # TORCH_BACKEND=cpu (or cu128, auto …) picks the torch build, for machines without a GPU.
@@ -15,9 +16,10 @@ INSTALLED := $(VENV)/.installed
 TORCH_BACKEND ?=
 PEERS := build/peers/.installed
 PEERS_OPTIONS ?=
+SOAK_OPTIONS ?=
 PROTOS := $(wildcard protos/camserve/v1/*.proto)
 
-.PHONY: demo test test-slow check format serve bench bench-peers docs wheelhouse stubs train clean
+.PHONY: demo test test-slow check format serve bench bench-peers soak docs wheelhouse stubs train clean
 
 # uv from the machine if it is there, else from PyPI into the environment.
 $(INSTALLED): pyproject.toml protos/generate_stubs.py $(PROTOS)
@@ -69,6 +71,10 @@ $(PEERS): tests/benchmarks/peers/requirements.txt $(INSTALLED)
 
 bench-peers: $(PEERS)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(PEERS_OPTIONS)
+
+# A quarter of an hour is SOAK_SECONDS=900 make soak; on a machine that does nothing else, SOAK_OPTIONS='--most-drift 0.05'.
+soak: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -W ignore -m soak $(SOAK_OPTIONS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -W ignore -m camserve.server.reference.page docs
