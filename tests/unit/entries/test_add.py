@@ -88,7 +88,7 @@ def test_what_to_do_next_is_told(archive: Path, tmp_path: Path) -> None:
     assert f"Added tiny, version 1: {root}/tiny/1\n" in told
     assert "torchscript, 4 classes" in told
     assert f"  read {root}/tiny/model.toml: is [input] what the model was trained with?\n" in told
-    assert f"  camserve models check {root} --name tiny\n  camserve serve --models {root}\n" in told
+    assert f"  camserve models check {root} --name tiny\n  camserve serve --models {root} " in told
 
 
 def test_another_archive_is_the_next_version(archive: Path, tmp_path: Path) -> None:
@@ -102,6 +102,25 @@ def test_another_archive_is_the_next_version(archive: Path, tmp_path: Path) -> N
     assert 0 == result.exit_code, result.output
     assert ["tiny", "tiny/10", "tiny/10/model.pt", "tiny/9", "tiny/model.toml"] == files(root)
     assert "[input]\nsize = [32, 32]\n" == (root / "tiny/model.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("policy", "is_told"), [('policy = "all"', False), ('policy = "listed"\nlisted = [1]', True)])
+def test_a_version_that_the_policy_leaves_out_is_told(
+    archive: Path,
+    tmp_path: Path,
+    policy: str,
+    is_told: bool,  # noqa: FBT001 - a parameter.
+) -> None:
+    """Where model.toml lists the versions that serve, the new one has to be added there."""
+    root = tmp_path / "models"
+    run(archive, "--models", root, "--size", "32")
+    with (root / "tiny/model.toml").open("a", encoding="utf-8") as card:
+        card.write(f"\n[versions]\n{policy}\n")
+
+    told = run(archive, "--models", root).stdout
+
+    assert "Added tiny, version 2" in told
+    assert is_told == (f"It does not serve yet: [versions] in {root}/tiny/model.toml selects 1; " in told)
 
 
 def test_servers_of_other_users_can_read_it(archive: Path, tmp_path: Path) -> None:

@@ -107,6 +107,19 @@ def test_passes_are_timed_at_both_ends(mixed: tuple[Path, Result]) -> None:
     assert all(p["seconds"] > 0 and p["peak_bytes"] >= 0 for p in passes)
 
 
+def test_every_version_that_would_serve_is_checked(tmp_path: Path) -> None:
+    """As the model's policy says; one of them may fail and another work."""
+    put(tmp_path, "tiny", toml=TINY + '[versions]\npolicy = "listed"\nlisted = [1, 3]\n')
+    for version, archive in (("2", b"not asked for"), ("3", b"broken")):
+        put(tmp_path, "tiny", archive, version=version)
+
+    result = run(tmp_path, "--json", "--max-batch-rows", "2")
+
+    assert 1 == result.exit_code
+    assert [("1", True), ("3", False)] == [(told["version"], told["works"]) for told in json.loads(result.stdout)]
+    assert "1 of 2 can be served, not: tiny 3" in result.stderr
+
+
 def test_people_are_shown_tables(mixed: tuple[Path, Result]) -> None:
     """The card as `camserve models NAME` shows it, and what one pass takes."""
     root, _ = mixed

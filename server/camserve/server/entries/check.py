@@ -16,7 +16,7 @@ from camserve.server.app import resolve_device
 from camserve.server.entries.trial import PassTrial, try_passes
 from camserve.server.models.card import ModelCard
 from camserve.server.models.loader import load_model
-from camserve.server.models.sources import ModelSource, scan_model
+from camserve.server.models.sources import ModelSource, read_folder
 from camserve.server.settings import Settings
 
 __all__ = ["Account", "Finding", "check_all", "check_source", "findings"]
@@ -82,15 +82,16 @@ def findings(root: Path, name: str = "") -> list[Finding]:
         raise ValueError(f"{root} holds no models: expected {root}/<name>/model.toml and {root}/<name>/1/model.pt")
     if name and name not in names:
         raise ValueError(f"{root} holds no model {name!r}; it has: {', '.join(names[:20])}")
-    return [_finding(folder) for folder in folders if name in ("", folder.name)]
+    return [finding for folder in folders if name in ("", folder.name) for finding in _found_in(folder)]
 
 
-def _finding(folder: Path) -> Finding:
+def _found_in(folder: Path) -> list[Finding]:
+    """The versions that the model's policy selects."""
     try:
-        source = scan_model(folder)
+        wanted = read_folder(folder).wanted
     except ValueError as error:
-        return Finding(name=folder.name, error=str(error))
-    return Finding(name=source.name, version=source.version, source=source)
+        return [Finding(name=folder.name, error=str(error))]
+    return [Finding(name=source.name, version=source.version, source=source) for source in wanted]
 
 
 def check_all(found: list[Finding], settings: Settings) -> Iterator[Account]:

@@ -35,6 +35,8 @@ def place_options(command: Any) -> Any:
 
 def tell_added(place: Place, account: Account) -> None:
     """What was added, and what to do next."""
+    from camserve.server.models.sources import read_folder  # noqa: PLC0415 - pydantic takes a while, and --help should not
+
     card = account.card
     if card is None:  # Then it was not added.
         return
@@ -44,11 +46,16 @@ def tell_added(place: Place, account: Account) -> None:
         f"{card.kind}, {card.class_count} classes, {len(card.layers)} layers, explained at {card.default_layer} unless asked "
         f"otherwise; {works} of {len(card.methods)} methods work."
     )
+    serving = [source.version for source in read_folder(place.folder).wanted]
+    if place.version not in serving:
+        click.echo(
+            f"It does not serve yet: [versions] in {place.folder / 'model.toml'} selects {', '.join(serving)}; add it there."
+        )
     click.echo("\nNext:")
     if place.is_new:
         click.echo(f"  read {place.folder / 'model.toml'}: is [input] what the model was trained with?")
     click.echo(f"  camserve models check {place.root} --name {place.name}")
-    click.echo(f"  camserve serve --models {place.root}")
+    click.echo(f"  camserve serve --models {place.root}    or, where that runs: camserve models load {place.name}")
 
 
 def let_torch_be_quiet() -> None:

@@ -50,7 +50,7 @@ _BEHIND_PATCHES = (
 )
 
 
-def load_model(
+def load_model(  # noqa: PLR0913 - each is a limit of its own
     source: ModelSource,
     *,
     device: torch.device,
