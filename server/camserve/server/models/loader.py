@@ -1,4 +1,4 @@
-"""Source to served model: loads the program, lets the probe look at it, writes the card, warms up.
+"""Source to served model: loads the program, lets the probe look at it, warms up, tests, and writes the card.
 
 Called by `lifecycle.py` in a thread of its own, once for each load of a model version, while others serve; what has to run on the
 device thread does so in pieces. Anything that does not fit is refused here, with the reason, rather than at the first request.
@@ -36,6 +36,7 @@ from camserve.server.models.method_cards import method_cards
 from camserve.server.models.presets import with_published_preset
 from camserve.server.models.recipe import InputRecipe
 from camserve.server.models.repository import ServedModel
+from camserve.server.models.self_test import self_test
 from camserve.server.models.sources import ModelSource
 from camserve.server.models.warm_up import planned, usual_spec, warm_up
 
@@ -51,6 +52,7 @@ _BEHIND_PATCHES = (
 
 
 def load_model(  # noqa: PLR0913 - each is a limit of its own
+def load_model(  # noqa: PLR0913 - each is a limit of its own.
     source: ModelSource,
     *,
     device: torch.device,
@@ -122,9 +124,10 @@ def load_model(  # noqa: PLR0913 - each is a limit of its own
     spec = usual_spec(pass_model, default_layer, methods)
     warmed = warm_up(pass_model, inputs, spec, report.stages, slice_seconds=slice_seconds, in_turn=in_turn)
     pass_model = warmed.pass_model
+    tested = self_test(pass_model, program, inputs, spec, default_layer)
     digests = program.digests()
     factory = config.factory
-    notes = [*report.notes]
+    notes = [*report.notes, tested]
     if recipe.is_variable:
         notes.append(f"takes inputs of other sizes too; those of maps are told for {recipe.shape}")
     if factory is not None and factory.random_seed is not None:
