@@ -51,7 +51,6 @@ _BEHIND_PATCHES = (
 )
 
 
-def load_model(  # noqa: PLR0913 - each is a limit of its own
 def load_model(  # noqa: PLR0913 - each is a limit of its own.
     source: ModelSource,
     *,
