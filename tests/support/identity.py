@@ -50,7 +50,7 @@ _PASS = (Spec("grad-cam", target=0), Spec("hirescam", target=1), Spec("layercam"
 _CHUNKS = (
     Spec("grad-cam", target=0),
     Spec("occlusion", target=1, window=2, stride=1),
-    Spec("integrated-gradients", target=2, steps=300, saliency="gray"),
+    Spec("integrated-gradients", target=2, steps=64, saliency="gray"),
 )
 _SPECS = {Kind.SMALL: _PASS, Kind.IMAGE: _PASS, Kind.AMPLIFIED: _CHUNKS}
 _MESSAGES = {kind: [spec.to_proto() for spec in specs] for kind, specs in _SPECS.items()}
