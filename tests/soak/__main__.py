@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log = given.out / "server.log"
         served = started(["--models", str(repository), *_FLAGS], log, STEADY, is_apart=True, torch_threads=1)
         try:
-            course, left = asyncio.run(_run(served, plan))
+            course, left = asyncio.run(_run(served, repository, plan))
         finally:
             served.process.ask_to_end()
             status = served.process.ended()
@@ -64,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(finding.is_well for finding in findings) else 1
 
 
-async def _run(served: Served, plan: Plan) -> tuple[Course, list[str]]:
+async def _run(served: Served, repository: Path, plan: Plan) -> tuple[Course, list[str]]:
     """Soaks, and asks the server what it still holds when all have gone."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    course = await soak(served, plan, stop=stop, tell=_tell)
+    course = await soak(served, repository, plan, stop=stop, tell=_tell)
     left: list[str] = []
     try:
         async with asyncio.timeout(_EMPTY_WITHIN_SECONDS):

@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import grpc
 import psutil
@@ -101,12 +102,18 @@ class Course:
 
 
 async def soak(
-    served: Served, plan: Plan, *, stop: asyncio.Event, tell: Callable[[Window], None] = lambda _window: None
+    served: Served,
+    repository: Path,
+    plan: Plan,
+    *,
+    stop: asyncio.Event,
+    tell: Callable[[Window], None] = lambda _window: None,
 ) -> Course:
     """Loads a server until the time is over or it is told to stop; what is under way then is waited for.
 
     Args:
         served: in a process of its own.
+        repository: whose models it serves.
         plan: how long and how much.
         stop: ends it early.
         tell: is called with each window as it ends.
@@ -120,7 +127,7 @@ async def soak(
     try:
         async with _connected(served) as (explain, models):
             chance = random.Random(plan.seed)  # noqa: S311 - no secret
-            number = 0
+            number, reloading = 0, asyncio.Lock()
             due = began
             while (due := due + chance.expovariate(plan.rate)) < until and not stop.is_set() and not watching.done():
                 await asyncio.wait(
@@ -131,7 +138,14 @@ async def soak(
                 act = (
                     PROBE if is_probe else chance.choices(list(ACTS.values()), [act.weight for act in ACTS.values()])[0]
                 )
-                callers = Callers(explain, models, random.Random(chance.random()), number)  # noqa: S311 - no secret
+                callers = Callers(
+                    explain=explain,
+                    models=models,
+                    repository=repository,
+                    reloading=reloading,
+                    chance=random.Random(chance.random()),  # noqa: S311 - no secret
+                    number=number,
+                )
                 if len(under_way) >= _MOST_AT_ONCE:
                     course.left_out += 1
                     continue
