@@ -14,7 +14,7 @@ from camserve.server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def section(title: str) -> str:
@@ -71,6 +71,26 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
 
     assert [] == [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link into a page may name: its headings, as Git hosts write them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_into_pages_name_a_heading(page: Path) -> None:
+    """A renamed heading takes its links along."""
+    links = re.findall(r"\]\(([^)\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+
+    assert [] == [
+        f"{path}#{anchor}"
+        for path, anchor in links
+        if "://" not in path and anchor not in anchors((page.parent / path) if path else page)
+    ]
 
 
 def test_every_page_is_in_the_index() -> None:
