@@ -82,6 +82,10 @@ class Announcements:
             self._metrics.forget_model(name)
         _log.info("model unloaded", model=name, version=version)
 
+    def refused(self, name: str, error: Exception) -> None:
+        """A folder of the repository is none of a model, or not yet."""
+        _log.warning("folder not served", model=name, error=str(error))
+
     async def forgotten(self, name: str) -> None:
         """A version of a model is not listed any more."""
         if not self._repository.slots(name):

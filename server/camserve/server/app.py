@@ -33,6 +33,7 @@ from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.loader import load_model
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
+from camserve.server.models.watching import watch
 from camserve.server.pages import Pages
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
@@ -82,6 +83,7 @@ class App:
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
+        self._watching: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()
 
     async def start(self) -> None:
@@ -178,6 +180,9 @@ class App:
             return
         await self._health.set_server(is_serving=True)
         self._compiling.begin()
+        if self.settings.watch_repository and self.settings.repository is not None:
+            watching = watch(self.settings.repository, self.lifecycle.follow)
+            self._watching = asyncio.create_task(watching, name="camserve-watch")
 
     async def compiled(self) -> None:
         """Waits, after `load`, until the plan of every model that asks for it is compiled or given up; requests never do."""
@@ -214,6 +219,9 @@ class App:
         inside, knocks = self._door.inside, self._door.knocks
         _log.info("draining", requests=inside)
         await self._health.drain()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait({self._watching})
         await self.lifecycle.close()
         await self._compiling.close()
         # Time itself is what is waited for: no balancer tells when it has noticed.

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     repository: Path | None = Field(
         None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
     )
+    watch_repository: bool = Field(
+        default=False, description="Whether changes in the repository's folder are followed without being asked."
+    )
     plan_cache: Path | None = Field(
         Path("~/.cache/camserve/plans"),
         description="Folder of compiled plans, run as code: nobody else may write to it. Empty compiles at every start.",

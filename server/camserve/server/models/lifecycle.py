@@ -1,7 +1,8 @@
 """How models come and go while a server serves: every load, reload and unload, and what is told of them.
 
-`app.py` lets it load what the server starts with, `service.py` hands it LoadModel and UnloadModel. It alone changes the
-`Repository`. Lives on the event loop; models are loaded in a thread of their own, and warmed up on the device thread.
+`app.py` lets it load what the server starts with, `service.py` hands it LoadModel and UnloadModel, `watching.py` the names of
+models whose folder has changed. It alone changes the `Repository`. Lives on the event loop; models are loaded in a thread of
+their own, and warmed up on the device thread.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from camserve.server.errors import CamserveError, NotFound, Reason, Unavailable,
 from camserve.server.models.loading import LoadingThread, OnDevice
 from camserve.server.models.memory import give_back
 from camserve.server.models.repository import ModelState, Repository, ServedModel
-from camserve.server.models.sources import ModelFolder, ModelSource, files_of, is_model_name, read_folder
+from camserve.server.models.sources import (
+    ModelFolder,
+    ModelSource,
+    files_of,
+    is_model_name,
+    read_folder,
+    version_order,
+)
 
 __all__ = ["Lifecycle", "Witness"]
 
@@ -51,6 +59,10 @@ class Witness(Protocol):
 
     async def forgotten(self, name: str) -> None:
         """A version of a model is not listed any more."""
+        ...
+
+    def refused(self, name: str, error: Exception) -> None:
+        """A folder of the repository is none of a model, or not yet; what serves is left alone."""
         ...
 
 
@@ -96,6 +108,9 @@ class Lifecycle:
         self._thread = LoadingThread()
         self._numbers = itertools.count(1)
         self._files: dict[tuple[str, str], Hashable] = {}
+        # What somebody loaded or unloaded by name stays so, whatever the folder's policy says.
+        self._kept: set[tuple[str, str]] = set()
+        self._kept_away: set[tuple[str, str]] = set()
         self._works: dict[tuple[str, str], _Work] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
@@ -126,7 +141,13 @@ class Lifecycle:
         """
         self._check_open()
         if version:
-            return await self._loaded(await self._source(name, version))
+            source = await self._source(name, version)
+            self._kept_away.discard((name, source.version))
+            one = await self._loaded(source)
+            self._kept.add((name, source.version))
+            return one
+        for by_hand in (self._kept, self._kept_away):
+            by_hand.difference_update([key for key in by_hand if key[0] == name])
         given = [source for (given_name, _), source in self._given.items() if given_name == name]
         if given:
             return (await self._all_loaded(given))[-1]
@@ -150,7 +171,53 @@ class Lifecycle:
         named = self._repository.version(name, version)
         if not slots or (version and named not in {slot.version for slot in slots}):
             self._repository.get(name, version)  # Raises: it knows what there is.
-        await self._all(self._unloaded(name, slot.version) for slot in slots if not version or slot.version == named)
+        leaving = [slot.version for slot in slots if not version or slot.version == named]
+        self._kept.difference_update((name, other) for other in leaving)
+        self._kept_away.update((name, other) for other in leaving)
+        await self._all(self._unloaded(name, other) for other in leaving)
+
+    async def follow(self, name: str) -> None:
+        """Makes it so what the repository's folder of a model says now; what was loaded or unloaded by name stays so.
+
+        Never raises for a model's sake: what cannot be loaded is told on its slot, what cannot even be read in the log.
+        """
+        if self._root is None or self._is_closed or any(given == name for given, _ in self._given):
+            return
+        with contextlib.suppress(Unavailable):
+            try:
+                folder = await self._folder(name)
+            except NotFound:
+                await self._all(self._unloaded(name, slot.version) for slot in self._repository.slots(name))
+                return
+            except Unsupported as error:
+                self._witness.refused(name, error)
+                return
+            await self._follow(folder)
+
+    async def _follow(self, folder: ModelFolder) -> None:
+        name = folder.name
+        if not self._repository.slots(name):
+            self._repository.set_labels(name, folder.labels)
+        kept = {version for kept_name, version in self._kept if kept_name == name}
+        wanted = {source.version for source in folder.wanted} | (kept & folder.sources.keys())
+        has_all = True
+        for version in sorted(wanted, key=version_order):
+            if (name, version) in self._kept_away:
+                continue
+            try:
+                await self._loaded(folder.sources[version])
+            except Unsupported:
+                has_all = False
+        if has_all:
+            self._repository.set_labels(name, folder.labels)
+        # What is no longer in the folder goes in any case; what the policy drops only when all that it asks for is there.
+        staying = wanted if has_all else set(folder.sources)
+        await self._all(
+            self._unloaded(name, slot.version)
+            for slot in self._repository.slots(name)
+            if slot.version not in staying
+            and (slot.state is not ModelState.UNLOADED or slot.version not in folder.sources)
+        )
 
     async def close(self) -> None:
         """Stops: what waits is cancelled, what is being loaded is not waited for."""
@@ -328,6 +395,8 @@ class Lifecycle:
 
     async def _forget(self, name: str, version: str) -> None:
         self._repository.forget(name, version)
+        self._kept.discard((name, version))
+        self._kept_away.discard((name, version))
         await self._witness.forgotten(name)
 
 
