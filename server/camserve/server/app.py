@@ -33,7 +33,6 @@ from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.loader import load_model
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
-from camserve.server.models.watching import watch
 from camserve.server.pages import Pages
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
@@ -181,6 +180,9 @@ class App:
         await self._health.set_server(is_serving=True)
         self._compiling.begin()
         if self.settings.watch_repository and self.settings.repository is not None:
+            # Imported here: most servers do not watch, and start without what that needs.
+            from camserve.server.models.watching import watch  # noqa: PLC0415
+
             watching = watch(self.settings.repository, self.lifecycle.follow)
             self._watching = asyncio.create_task(watching, name="camserve-watch")
 
