@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,31 @@ def test_every_version_that_would_serve_is_checked(tmp_path: Path) -> None:
     assert 1 == result.exit_code
     assert [("1", True), ("3", False)] == [(told["version"], told["works"]) for told in json.loads(result.stdout)]
     assert "1 of 2 can be served, not: tiny 3" in result.stderr
+
+
+class Strange:
+    """What a pickle can do: call anything when it is read."""
+
+    def __init__(self, trace: Path) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        """As pickle wants it."""
+        return Path.touch, (self._trace,)
+
+
+def test_weights_that_would_run_code_are_refused_and_do_not(tmp_path: Path) -> None:
+    """A state dict of a factory in a repository is read as tensors or not at all, also beside tensors that fit."""
+    folder = tmp_path / "models/net/1"
+    folder.mkdir(parents=True)
+    (folder.parent / "model.toml").write_text('[factory]\nname = "torchvision:squeezenet1_1"\n', encoding="utf-8")
+    torch.save({"features.0.weight": torch.zeros(1), "more": Strange(tmp_path / "trace")}, folder / "weights.pth")
+
+    result = run(tmp_path / "models", "--json")
+
+    assert 1 == result.exit_code
+    assert "cannot read weights from" in accounts(result)["net"]["error"]
+    assert not (tmp_path / "trace").exists()
 
 
 def test_people_are_shown_tables(mixed: tuple[Path, Result]) -> None:

@@ -18,6 +18,8 @@ from camserve.server.models.sources import is_model_name, version_order
 
 __all__ = ["Place", "Staging", "find_place", "staged"]
 
+_OPTION = {"model": "name", "version": "version"}
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -79,9 +81,6 @@ def find_place(root: Path, name: str, version: str = "") -> Place:
             "or remove it first"
         )
     return Place(root=root, name=name, version=version or _following(versions), is_new=not folder.exists())
-
-
-_OPTION = {"model": "name", "version": "version"}
 
 
 def _following(versions: list[str]) -> str:
