@@ -76,6 +76,16 @@ class ServerProcess:
         """Its resident set."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
+    def peak_bytes(self) -> int:
+        """Its largest resident set since `forget_peak`."""
+        told = re.search(r"^VmHWM:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text(encoding="ascii"), re.MULTILINE)
+        assert told is not None
+        return int(told[1]) * 1024
+
+    def forget_peak(self) -> None:
+        """From now on the peak is counted anew."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5", encoding="ascii")
+
     def ask_to_end(self) -> None:
         """Sends SIGTERM; once is a drain, twice is the end."""
         self._process.send_signal(signal.SIGTERM)
