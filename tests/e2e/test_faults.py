@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import gc
 import io
+import resource
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
-from support.nets import FailsOnBrightRows
+from support.fragile import SLOW, fragile_source, slow
+from support.held import held_process
+from support.nets import FailsOnBrightRows, TinyNet
 from support.servers import Metrics, script_source, until
+from support.vanishing import VanishingProxy
 
-from camserve.client import Client, Spec, TensorInput
+from camserve.client import CamserveError, Client, DeadlineExceeded, Spec, TensorInput
 from camserve.server import jobs
 from camserve.server.background import BackgroundServer
+from camserve.v1 import explanation_service_pb2 as service_pb2
 
 DARK = np.zeros((3, 32, 32), np.float32)
 BRIGHT = DARK + 3
@@ -121,3 +133,135 @@ def test_message_that_cannot_be_read(demo_server, message):
     assert status.details[0].Unpack(info)
     assert (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID") == (caught.value.code(), info.reason)
     assert "no request of /camserve.v1.ExplanationService/Explain" in status.message
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+RUBBISH = {
+    "HTTP/1.1": b"GET /metrics HTTP/1.1\r\nHost: camserve\r\n\r\n",
+    "TLS": bytes.fromhex("16030100a5010000a10303") + bytes(160),
+    "random": np.random.default_rng(0).bytes(4096),
+    "a frame of 16 MB": PREFACE + b"\xff\xff\xff\0\0\0\0\0\1",
+    "headers that cannot be unpacked": PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\4\1\5\0\0\0\1\xff\xff\xff\xff",
+    "half a preface": PREFACE[:9],
+}
+
+
+@pytest.mark.parametrize("kind", RUBBISH)
+def test_port_that_is_sent_what_is_no_http2(demo_server, client, kind):
+    """A scanner, a browser or a proxy that takes the port for something else is hung up on; callers notice nothing."""
+    with socket.create_connection(("127.0.0.1", demo_server.app.port), timeout=60) as stranger:
+        stranger.sendall(RUBBISH[kind])
+        stranger.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(1 << 16):
+                pass
+
+    assert client.explain(np.zeros((160, 160, 3), np.uint8), model="surface", specs=["grad-cam"]).heatmaps
+
+
+@pytest.fixture
+def held(serve: Callable[..., BackgroundServer]) -> Iterator[BackgroundServer]:
+    """A server whose device makes no forward until the test ends, and that asks each second who is still there."""
+    server = serve(
+        fragile_source(slow, max_batch=2),
+        max_requests=2,
+        keepalive_seconds=1,
+        keepalive_timeout_seconds=1,
+        write_seconds=1,
+    )
+    SLOW.is_held = True
+    yield server
+    SLOW.is_held = False
+    SLOW.turns.release(1000)
+    server.run(idle(server)).result(60)
+    while SLOW.turns.acquire(blocking=False) or SLOW.waiting.acquire(blocking=False):
+        pass
+
+
+def inside(server: BackgroundServer, count: int) -> None:
+    """Waits until so many are past the door."""
+    asyncio.run(until(lambda: Metrics(server).value("camserve_requests_in_flight") == count, timeout_seconds=45))
+
+
+def test_caller_that_vanishes_without_a_word_loses_its_place(held):
+    """A connection on which nothing comes or goes any more, and that nobody closed, is found out; its request is given up.
+
+    The device is held and the caller has no deadline, so that nothing but the question whether it is there can free the place.
+    """
+    with (
+        VanishingProxy(held.target) as proxy,
+        Client(proxy.target, retries=0, timeout=None) as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(client.explain, TensorInput(DARK), model="slow", specs=["grad-cam"])
+        inside(held, 1)
+        proxy.vanish()
+        inside(held, 0)
+        client.close()
+        with pytest.raises(CamserveError):
+            asked.result(60)
+
+
+KILLED = """
+import sys, numpy
+from camserve.client import Client, TensorInput
+with Client(sys.argv[1]) as client:
+    client.explain(TensorInput(numpy.zeros((3, 32, 32), numpy.float32)), model="slow", specs=["grad-cam"])
+"""
+
+
+def test_caller_that_is_killed_loses_its_place(held):
+    """A caller's process that is killed while its request is on the device, and another's that waits, leave nobody inside."""
+    callers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", KILLED, held.target]) for _ in range(2)]  # noqa: S603
+    inside(held, 2)
+    for caller in callers:
+        caller.kill()
+        caller.wait()
+    inside(held, 0)
+
+
+def test_reader_that_stops_without_a_deadline_loses_its_place(serve, tmp_path):
+    """Who reads one message and no more, and set no time, is cut off after `write_seconds`, and is told why."""
+    server = serve(script_source("tiny", TinyNet(), tmp_path), write_seconds=1, max_requests=1)
+    image = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    # Nine megabytes each, which do not compress: more than the buffers on the way can hold.
+    specs = [Spec("grad-cam", encoding="float32", size="source", rectify=False, target=index % 4) for index in range(8)]
+    with Client(server.target, retries=0, timeout=None) as client:
+        events = client.stream(image, model="tiny", specs=specs)
+        next(events)
+        inside(server, 0)
+        assert client.explain(TensorInput(DARK), model="tiny").prediction
+        with pytest.raises(DeadlineExceeded, match="it was not read"):
+            list(events)
+
+
+def newcomer(target: str, seconds: float) -> str:
+    """Asks on a connection of its own; how it ended."""
+    request = service_pb2.ExplainRequest(
+        model="held", tensor={"data_type": "DATA_TYPE_FLOAT32", "shape": DARK.shape, "data": DARK.tobytes()}
+    )
+    with grpc.insecure_channel(target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        try:
+            answer = channel.unary_stream(EXPLAIN)(request.SerializeToString(), timeout=seconds, wait_for_ready=True)
+            return f"{len(list(answer))} messages"
+        except grpc.RpcError as error:
+            return error.code().name
+
+
+def test_file_descriptors_that_run_out(tmp_path: Path):
+    """Where no connection can be opened any more, those that are open go on; when some close, new ones are taken again."""
+    with held_process(tmp_path) as held, Client(held.served.target, retries=0) as known:
+        ask = functools.partial(known.explain, TensorInput(DARK), model="held", specs=["grad-cam"])
+        digest = ask().heatmaps[0].raw_sha256
+        server = psutil.Process(held.served.pid)
+        most = server.num_fds() + 8
+        _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, hard))
+        with contextlib.ExitStack() as crowd:
+            for _ in range(16):
+                crowd.enter_context(socket.create_connection(("127.0.0.1", held.served.port), timeout=30))
+            asyncio.run(until(lambda: server.num_fds() >= most))
+            assert newcomer(held.served.target, 3) in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+            assert digest == ask().heatmaps[0].raw_sha256
+        assert "2 messages" == newcomer(held.served.target, 60)
+        assert digest == ask().heatmaps[0].raw_sha256

@@ -135,8 +135,10 @@ class App:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 # A peer that vanished without a word is found out, and a client that asks the same of us is not thrown out.
-                ("grpc.keepalive_time_ms", 60_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1000)),
+                ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_seconds * 1000)),
+                # The time for the answer to any ping, a keepalive's too; a minute by itself, whatever the line above says.
+                ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_seconds * 1000)),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ],
         )

@@ -106,6 +106,15 @@ class Settings(BaseSettings):
         gt=0,
         description="A pass, chunk or call on the device that lasts longer counts as hanging; so does the event loop.",
     )
+    keepalive_seconds: float = Field(
+        60.0,
+        ge=1,
+        le=7200,
+        description="A connection that was silent for so long is asked whether its caller is there.",
+    )
+    keepalive_timeout_seconds: float = Field(
+        20.0, gt=0, le=7200, description="Without an answer for so long it is closed, and its requests are given up."
+    )
     drain_delay_seconds: float = Field(
         5.0, ge=0, description="Between not ready and refusing: time for balancers to notice. 0 in tests."
     )
