@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from support.servers import script_source, settings
-from torch import Tensor, nn
+from support.kinds import sources_of_kinds
+from support.servers import settings
 
 from camserve.client import (
     Box,
@@ -26,111 +25,13 @@ from camserve.client import (
     TopK,
 )
 from camserve.server.background import BackgroundServer
-from camserve.server.models.config import ExtraConfig, InputConfig, OutputConfig
-
-SIDE = 32
-PLAIN = InputConfig(size=(SIDE, SIDE), mean=(0.0,), std=(1.0,), resize="letterbox")
-
-
-class Stem(nn.Module):
-    """(b 3 32 32) to (b 6 16 16), positive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features."""
-        return self.relu(self.conv(x))
-
-
-class Segmenter(nn.Module):
-    """A class of two for each of 16 x 16 cells: the first where it is bright, the second where it is dark."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b 2 16 16)."""
-        bright = self.pool(x).mean(dim=1, keepdim=True)
-        return torch.cat([bright, 1 - bright], dim=1)
-
-
-class Embedder(nn.Module):
-    """A vector of six numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = Stem()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b 6)."""
-        return self.stem(x).mean(dim=(2, 3))
-
-
-class Reader(nn.Module):
-    """A class of four at each of 16 steps from left to right."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = Stem()
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b 16 4)."""
-        return self.head(self.stem(x).mean(dim=2).transpose(1, 2))
-
-
-class Detector(nn.Module):
-    """Always two objects: of class 1 in the left half, of class 2 in the right; the brighter, the surer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.AvgPool2d(2)
-
-    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
-        """As torchvision's detectors do."""
-        found: list[dict[str, Tensor]] = []
-        boxes = torch.tensor([[0.0, 0.0, 16.0, 32.0], [16.0, 0.0, 32.0, 32.0]])
-        features = self.pool(x)
-        for row in range(x.shape[0]):
-            left, right = features[row, :, :, :8].mean(), features[row, :, :, 8:].mean()
-            scores = torch.stack([left, right])
-            found.append({"boxes": boxes, "labels": torch.tensor([1, 2]), "scores": scores})
-        return found
-
-
-class Gated(nn.Module):
-    """A classifier whose second input chooses where it looks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = Stem()
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(b 6)."""
-        return (self.stem(x) * mask).mean(dim=(2, 3))
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> Iterator[Client]:
     """A client of a server with one model of each kind."""
     folder = tmp_path_factory.mktemp("models")
-    sources = [
-        script_source(name, module, folder, input=PLAIN, output=OutputConfig(kind=name))
-        for name, module in (
-            ("segmentation", Segmenter()),
-            ("embedding", Embedder()),
-            ("sequence", Reader()),
-            ("detection", Detector()),
-        )
-    ]
-    gated = PLAIN.model_copy(update={"extra": {"mask": ExtraConfig(shape=(1, 16, 16))}})
-    sources.append(script_source("gated", Gated(), folder, input=gated))
-    with BackgroundServer(settings(), sources) as server, Client(server.target) as client:
+    with BackgroundServer(settings(), sources_of_kinds(folder)) as server, Client(server.target) as client:
         yield client
 
 
