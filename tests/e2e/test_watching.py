@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+from click.testing import CliRunner
 from support.folders import ROW, put_version, write_card
 from support.servers import until
 
 from camserve.client import Client
+from camserve.server.entries.add_command import add
 from camserve.server.models.sources import scan_repository
 
 
@@ -100,3 +102,17 @@ def test_what_was_unloaded_by_name_stays_so(watched, tmp_path):
 
     client.load_model("part")
     assert {"ready"} == set(states(client).values())
+
+
+def test_what_a_command_adds_is_served(watched, tmp_path):
+    """`camserve models add` puts a version and a whole model beside those that serve, each in one step that is seen whole."""
+    put_version(tmp_path, "part", 1, best=1)
+    client = watched()
+    better = put_version(tmp_path.parent / f"{tmp_path.name}-elsewhere", "part", 1, best=2)
+
+    for name, options in (("part", []), ("board", ["--size", "32"])):
+        done = CliRunner().invoke(add, [str(better), "--models", str(tmp_path), "--name", name, *options])
+        assert 0 == done.exit_code, done.output
+
+    wait_for(lambda: states(client) == {"board/1": "ready", "part/1": "unloaded", "part/2": "ready"})
+    assert 2 == best(client)
