@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from camserve.client.async_client import AsyncClient
 from camserve.client.boxes import Box, Detection, HeatRegion
-from camserve.client.cards import ExtraInputInfo, InputInfo, LayerInfo, MethodInfo, ModelCard, ModelPlan, ModelStatus
+from camserve.client.cards import (
+    ExtraInputInfo,
+    InputInfo,
+    LayerInfo,
+    MethodInfo,
+    ModelCard,
+    ModelPlan,
+    ModelStatus,
+    RuleInfo,
+)
 from camserve.client.channels import Tls
 from camserve.client.errors import (
     CamserveError,
@@ -89,6 +98,7 @@ __all__ = [
     "Region",
     "ResolvedTarget",
     "Result",
+    "RuleInfo",
     "Similar",
     "Spec",
     "SpecError",

@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf import json_format
 
 from camserve.client import words
 from camserve.client.results import seconds
-from camserve.v1 import model_service_pb2
+from camserve.v1 import model_service_pb2, spec_pb2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,33 @@ class ExtraInputInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RuleInfo:
+    """A rule by which the server explains without being asked.
+
+    Attributes:
+        name: as heatmaps, spec errors and summaries carry it.
+        when: a CEL expression over the prediction and the request; empty when it always holds.
+        sample: share of the requests it is applied to, 0 to 1; it takes those whose id `takes`.
+        asks: fields of the `camserve.v1.Spec` that it asks for, as protobuf's JSON has them.
+    """
+
+    name: str
+    when: str
+    sample: float
+    asks: Mapping[str, Any]
+
+    @property
+    def spec(self) -> spec_pb2.Spec:
+        """What it asks for: among the specs of a request it gives the same map."""
+        return json_format.ParseDict(dict(self.asks), spec_pb2.Spec())
+
+    def takes(self, request_id: str) -> bool:
+        """Whether its sample holds a request, whatever the prediction: anybody can work it out again from the id."""
+        digest = hashlib.sha256(f"{self.name}\n{request_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.sample * 2.0**64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What is known about a loaded model.
 
@@ -152,6 +184,7 @@ class ModelCard:
         phrases: those that a `Phrase` may ask about.
         extra_inputs: what a request must send besides the first input.
         plan: how it is run.
+        rules: when it is explained without anybody asking.
     """
 
     name: str
@@ -178,6 +211,7 @@ class ModelCard:
     phrases: tuple[str, ...]
     extra_inputs: tuple[ExtraInputInfo, ...]
     plan: ModelPlan
+    rules: tuple[RuleInfo, ...] = ()
 
 
 def status_from_proto(message: model_service_pb2.ModelStatus) -> ModelStatus:
@@ -246,5 +280,14 @@ def card_from_proto(message: model_service_pb2.ModelCard) -> ModelCard:
             deviation=message.plan.deviation,
             threads=message.plan.threads,
             chunk_rows=message.plan.chunk_rows,
+        ),
+        rules=tuple(
+            RuleInfo(
+                name=rule.name,
+                when=rule.when,
+                sample=rule.sample,
+                asks=json_format.MessageToDict(rule.spec, preserving_proto_field_name=True),
+            )
+            for rule in message.rules
         ),
     )

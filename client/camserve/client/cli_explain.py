@@ -61,10 +61,10 @@ Examples:
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for overlays: NAME.METHOD[.LAYER][.RANK].png.",
+    help="Folder for overlays: NAME.METHOD[.LAYER][.RULE][.RANK].png.",
 )
 @click.option(
-    "--raw", is_flag=True, help="Also write each map's values as NAME.METHOD[.LAYER][.RANK].npy; needs --out."
+    "--raw", is_flag=True, help="Also write each map's values as NAME.METHOD[.LAYER][.RULE][.RANK].npy; needs --out."
 )
 @click.option("--roi", type=BOX, help="The part of each image to look at.")
 @click.option("--lane", type=click.Choice(words.LANES.words), help="How urgent it is.")
@@ -75,6 +75,7 @@ Examples:
     metavar="NAME=FILE.npy",
     help="Further input of the model, an array; repeatable.",
 )
+@click.option("--skip-rules", is_flag=True, help="Leave out what the rules of the model's card would add.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True, help="Requests under way.")
 @click.option(
     "--timeout",
@@ -120,7 +121,8 @@ def explain(
             for file, result in zip(files, results, strict=True):
                 record = _record(file, result, _writer(file, out, raw=raw, is_swept=options["sweep"]) if out else None)
                 click.echo(json.dumps(record, ensure_ascii=False))
-                has_failed = has_failed or "error" in record or bool(record["errors"])
+                # What a rule of the server's asked for was not this caller's wish.
+                has_failed = has_failed or "error" in record or any(not error.get("rule") for error in record["errors"])
                 advance()
     if has_failed:
         raise click.exceptions.Exit(1)
@@ -135,6 +137,8 @@ def _shared(options: Mapping[str, Any]) -> SharedOptions:
         shared["lane"] = options["lane"]
     if options["roi"]:
         shared["region_of_interest"] = Box(*options["roi"])
+    if options["skip_rules"]:
+        shared["skip_rules"] = True
     if options["extras"]:
         shared["extra_inputs"] = dict(map(_extra, options["extras"]))
     return shared
@@ -167,7 +171,8 @@ def _writer(file: ImageFile, out: Path, *, raw: bool, is_swept: bool) -> Callabl
     def write(heatmap: Heatmap) -> dict[str, str]:
         rank = f".{heatmap.target_index + 1}" if heatmap.target_count > 1 else ""
         stage = f".{heatmap.layers[0]}" if is_swept and heatmap.layers else ""
-        base = out / file.stem.parent / f"{file.stem.name}.{heatmap.method}{stage}{rank}"
+        rule = f".{heatmap.rule}" if heatmap.rule else ""
+        base = out / file.stem.parent / f"{file.stem.name}.{heatmap.method}{stage}{rule}{rank}"
         base.parent.mkdir(parents=True, exist_ok=True)
         written = {"overlay": str(heatmap.save_overlay(f"{base}.png"))}
         if raw:
@@ -184,14 +189,14 @@ def _record(
     """Writes a result's files and returns its line of JSON."""
     if isinstance(result, CamserveError):
         return {"source": file.path, "error": _error(result)}
-    errors = [{"spec_index": item.spec_index, **_error(item.error)} for item in result.errors]
+    errors = [{"spec_index": item.spec_index, "rule": item.rule, **_error(item.error)} for item in result.errors]
     heatmaps = []
     for heatmap in result.heatmaps:
         try:
             files = write(heatmap) if write else {}
         except (CamserveError, OSError, ValueError) as error:  # A corrupt map or a full disk; the next may do.
             known = error if isinstance(error, CamserveError) else CamserveError("UNKNOWN", "NOT_WRITTEN", str(error))
-            errors.append({"spec_index": heatmap.spec_index, **_error(known)})
+            errors.append({"spec_index": heatmap.spec_index, **_error(known)})  # Of a rule, too: it is ours to write.
             continue
         heatmaps.append(
             {
@@ -203,6 +208,7 @@ def _record(
                 "raw_max": heatmap.raw_max,
                 "regions": [dataclasses.asdict(region) for region in heatmap.regions],
                 "completed": heatmap.completed,
+                "rule": heatmap.rule,
                 **files,
             }
         )

@@ -31,7 +31,7 @@ class Heatmap:
     """One map.
 
     Attributes:
-        spec_index: index of its spec in the request.
+        spec_index: index of its spec in the request; of a rule's, counted on behind the request's.
         target_index: place among the maps of that spec, from 0.
         target_count: how many maps that spec gives.
         target: the class it is about.
@@ -47,6 +47,7 @@ class Heatmap:
         axes: names of the dimensions of `values`: "h", "w"; "t" for signals, "d", "h", "w" for volumes; "c" last for channels.
         regions: boxes around the strongest evidence, strongest first, if the spec asked for them.
         completed: share of an amplified method's work that was done; less than 1 only with the flag "partial".
+        rule: name of the model's rule that asked for it; empty for a spec of the request.
     """
 
     spec_index: int
@@ -65,6 +66,7 @@ class Heatmap:
     axes: tuple[str, ...] = ("h", "w")
     regions: tuple[HeatRegion, ...] = ()
     completed: float = 1.0
+    rule: str = ""
     _message: heatmap_pb2.Heatmap = dataclasses.field(repr=False)
     _source: PreparedInput | None = dataclasses.field(repr=False, default=None)
 
@@ -208,6 +210,7 @@ def heatmap_from_proto(message: heatmap_pb2.Heatmap, source: PreparedInput | Non
         axes=tuple(message.axes),
         regions=tuple(HeatRegion.from_proto(region) for region in message.regions),
         completed=message.completed,
+        rule=message.rule,
         _message=message,
         _source=source,
     )

@@ -28,6 +28,7 @@ class SharedOptions(TypedDict, total=False):
         extra_inputs: further inputs by name, for models that take several.
         deadline: seconds the answer is worth having; the server stops working then, and says so.
         timeout: seconds for the call, retries included; None waits for ever; left out means the client's.
+        skip_rules: whether to leave out the explanations that the rules of the model's card would add.
     """
 
     version: str
@@ -38,6 +39,7 @@ class SharedOptions(TypedDict, total=False):
     extra_inputs: Mapping[str, TensorInput]
     deadline: float
     timeout: float | None
+    skip_rules: bool
 
 
 class RequestOptions(SharedOptions, total=False):
@@ -106,6 +108,7 @@ def plan(
         top_k=options.get("top_k"),
         lane=words.LANES.name(options["lane"]) if options.get("lane") else None,
         labels=options.get("labels"),
+        skip_rules=options.get("skip_rules", False),
     )
     if box := options.get("region_of_interest"):
         template.region_of_interest.CopyFrom(box.to_proto())

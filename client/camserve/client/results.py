@@ -7,12 +7,13 @@ The clients turn each `ExplainResponse` into one of `Prediction`, `Heatmap`, `Sp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from google.protobuf import duration_pb2
 from PIL import Image
 
+from camserve.client import words
 from camserve.client.boxes import Detection
 from camserve.client.errors import CamserveError, Internal, from_status
 from camserve.client.heatmaps import Heatmap, heatmap_from_proto
@@ -103,12 +104,14 @@ class SpecError:
     """A spec that could not be explained; the others are not affected.
 
     Attributes:
-        spec_index: index of the spec in the request.
+        spec_index: index of the spec in the request; of a rule's, counted on behind the request's.
         error: why, typed as a failed call would be.
+        rule: name of the model's rule that asked for it; empty for a spec of the request.
     """
 
     spec_index: int
     error: CamserveError
+    rule: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +142,7 @@ class Summary:
         plan: which plan of the program ran: "forward", "tapped" or "compiled".
         device: such as "cpu" or "cuda:0".
         dtype: such as "float32".
+        rules: what became of each rule of the model by its name: "applied", "not-met", "not-sampled" or "failed".
     """
 
     request_id: str
@@ -151,6 +155,7 @@ class Summary:
     plan: str
     device: str
     dtype: str
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 Event: TypeAlias = Prediction | Heatmap | SpecError | Summary
@@ -180,9 +185,10 @@ class Result:
         return None if self._input.picture is None else self._input.picture()
 
     def raise_for_errors(self) -> None:
-        """Raises the error of the first spec that could not be explained, if any."""
+        """Raises the error of the first spec of the request that could not be explained, if any; rules are the server's."""
         for spec_error in self.errors:
-            raise spec_error.error
+            if not spec_error.rule:
+                raise spec_error.error
 
 
 def event_from_proto(response: explanation_service_pb2.ExplainResponse, source: PreparedInput | None) -> Event | None:
@@ -193,7 +199,8 @@ def event_from_proto(response: explanation_service_pb2.ExplainResponse, source: 
         case "heatmap":
             return heatmap_from_proto(response.heatmap, source)
         case "spec_error":
-            return SpecError(spec_index=response.spec_error.spec_index, error=from_status(response.spec_error.status))
+            failed = response.spec_error
+            return SpecError(spec_index=failed.spec_index, error=from_status(failed.status), rule=failed.rule)
         case "summary":
             return _summary(response.summary)
     return None
@@ -258,6 +265,7 @@ def _summary(message: heatmap_pb2.Summary) -> Summary:
         plan=message.plan,
         device=message.device,
         dtype=message.dtype,
+        rules={verdict.rule: words.RULE_OUTCOMES.word(verdict.outcome) for verdict in message.rules},
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from camserve.client.cards import ModelCard, ModelStatus
+from camserve.client import words
+from camserve.client.cards import ModelCard, ModelStatus, RuleInfo
 
 
 def show_statuses(statuses: tuple[ModelStatus, ...]) -> None:
@@ -59,6 +62,7 @@ def show_card(card: ModelCard) -> None:
         ("of its weights", card.weights_sha256),
         ("of its code", card.code_sha256),
         ("warm-up", f"{card.warm_up_seconds:.2f} s"),
+        *(("rule", _rule(rule)) for rule in card.rules),
         *(("note", note) for note in card.notes),
     ):
         facts.add_row(key, escape(value))
@@ -78,6 +82,16 @@ def show_card(card: ModelCard) -> None:
     for method in card.methods:
         methods.add_row(method.method, "[green]yes[/]" if method.works else "[red]no[/]", escape(method.note))
     console.print(methods)
+
+
+def _rule(rule: RuleInfo) -> str:
+    asks = dict(rule.asks)
+    method = words.METHODS.word(rule.spec.method)
+    rest = {name: value for name, value in asks.items() if name != "method"}
+    how = f" with {json.dumps(rest)}" if rest else ""
+    share = "" if rule.sample == 1 else f" in {rule.sample:.4g} of the requests"
+    when = f" when {rule.when}" if rule.when else ""
+    return f"{rule.name}: {method}{how}{share}{when}"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -86,6 +86,7 @@ NORMALISATIONS: Final = Vocabulary("normalisation", "NORMALISATION_", dict(spec_
 SALIENCIES: Final = Vocabulary("saliency", "SALIENCY_", dict(spec_pb2.Saliency.items()))
 LANES: Final = Vocabulary("lane", "LANE_", dict(explanation_service_pb2.Lane.items()))
 FLAGS: Final = Vocabulary("flag", "MAP_FLAG_", dict(heatmap_pb2.MapFlag.items()))
+RULE_OUTCOMES: Final = Vocabulary("rule-outcome", "RULE_OUTCOME_", dict(heatmap_pb2.RuleOutcome.items()))
 DATA_TYPES: Final = Vocabulary("data-type", "DATA_TYPE_", dict(input_pb2.DataType.items()))
 MODEL_STATES: Final = Vocabulary("state", "MODEL_STATE_", dict(model_service_pb2.ModelState.items()))
 OUTPUT_KINDS: Final = Vocabulary("output-kind", "OUTPUT_KIND_", dict(model_service_pb2.OutputKind.items()))

@@ -51,7 +51,7 @@ def test_the_public_names_are_these() -> None:
         Above AsyncClient Box CamserveError Cancelled ClassScore Client CorruptPayload DeadlineExceeded Denied
         Detection DetectionBox Difference Embedding Event ExtraInputInfo FailedPrecondition FieldViolation Geometry
         HeatRegion Heatmap InputInfo Internal InvalidInput InvalidRequest Kth LayerInfo MethodInfo ModelCard ModelPlan
-        ModelStatus NotFound Overloaded Phrase Prediction Region ResolvedTarget Result Similar Spec SpecError Steps
+        ModelStatus NotFound Overloaded Phrase Prediction Region ResolvedTarget Result RuleInfo Similar Spec SpecError Steps
         Summary TensorInput Timings Tls TopK Unavailable Unimplemented
     """.split()  # noqa: SIM905  # Fifty quoted names are harder to read.
 
