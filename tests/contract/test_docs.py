@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from prometheus_client import Counter, Info, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
+from camserve.server.conditions import VARIABLES, check_condition
 from camserve.server.metrics import Metrics
+from camserve.server.models.config import ModelConfig
 from camserve.server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +66,33 @@ def test_labels_are_told_as_they_are(instrument: MetricWrapperBase) -> None:
     name = f"{instrument._name}_total" if isinstance(instrument, Counter) else instrument._name
 
     assert ", ".join(instrument._labelnames) == rows("Metrics")[name]
+
+
+def blocks(title: str, language: str) -> list[str]:
+    """The fenced blocks of a language in one section."""
+    return re.findall(rf"^```{language}\n(.*?)^```", section(title), re.MULTILINE | re.DOTALL)
+
+
+def test_every_variable_of_a_condition_is_told() -> None:
+    """With its type and its meaning."""
+    told = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", section("Explain only if"), re.MULTILINE)
+
+    assert [(name, variable.kind, variable.meaning) for name, variable in VARIABLES.items()] == told
+
+
+def test_rules_that_are_shown_are_rules() -> None:
+    """The examples of model.toml are read, and each example of a condition is one."""
+    (tables,) = blocks("Explain only if", "toml")
+    (conditions,) = blocks("Explain only if", "cel")
+
+    rules = ModelConfig.model_validate(tomllib.loads(tables)).explain
+
+    assert [("rejects", "grad-cam", 1.0), ("drift", "layercam", 0.01)] == [
+        (rule.name, rule.method, rule.sample) for rule in rules
+    ]
+    assert 5 == len(conditions.splitlines())
+    for line in conditions.splitlines():
+        check_condition(line.partition("   ")[0])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -19,12 +19,14 @@ __all__ = [
     "MARK",
     "SLOW",
     "Breaks",
+    "GradientFree",
     "GradientsOnly",
     "Greedy",
     "OneRowOnly",
     "Slow",
     "breaks",
     "fragile_source",
+    "gradient_free",
     "gradients_only",
     "greedy",
     "one_row_only",
@@ -94,6 +96,17 @@ class GradientsOnly(TinyNet):
         return scores
 
 
+class GradientFree(TinyNet):
+    """Raises for a marked input in every forward that is to be differentiated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b 3 h w) to (b classes)."""
+        if float(x.detach().max()) >= MARK and torch.is_grad_enabled():
+            raise RuntimeError("I would rather not be differentiated")
+        scores: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return scores
+
+
 class Pace:
     """How the slow model goes: a test lets each forward through."""
 
@@ -132,6 +145,11 @@ def one_row_only() -> nn.Module:
 def gradients_only() -> nn.Module:
     """The factory of `GradientsOnly`."""
     return GradientsOnly()
+
+
+def gradient_free() -> nn.Module:
+    """The factory of `GradientFree`."""
+    return GradientFree()
 
 
 def greedy() -> nn.Module:

@@ -227,7 +227,7 @@ async def test_a_slow_minute_is_not_believed_in_for_ever():
     now = time.monotonic()
     for _ in range(5):
         turn = queue.take(now)
-        queue.observe_pass(turn.entries, 2.0, now)
+        queue.observe_pass(turn.entries, demand.depth, 2.0, now)
         queue.end(turn, 2.0, now)
 
     assert queue.forecast(demand, now + 10).is_hopeless(1.0)

@@ -51,11 +51,15 @@ def take(queue: DeviceQueue) -> list[Entry]:
     return list(queue.take(time.monotonic()).entries)
 
 
+def _depth(turn: Turn) -> int:
+    return max(entry.waiting.depth for entry in turn.entries)
+
+
 def run(queue: DeviceQueue, seconds: float = 0.01) -> Turn:
     """Takes something and says that it took so long."""
     turn = queue.take(time.monotonic())
     if turn.entries and not turn.decision.is_chunk:
-        queue.observe_pass(turn.entries, seconds, time.monotonic())
+        queue.observe_pass(turn.entries, _depth(turn), seconds, time.monotonic())
     if turn.entries:
         queue.end(turn, seconds, time.monotonic())
     return turn

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from camserve.server.errors import ExecutionFailed, Reason
-from camserve.server.jobs import OutputKind, Reading
+from camserve.server.jobs import OutputKind, PassFacts, Reading
 from camserve.server.replies import Reply, RowForwarded, deliver
 
 
@@ -16,7 +16,10 @@ def forwarded(value: float) -> RowForwarded:
     """A row that can be told from others."""
     scores = np.array([value], np.float32)
     reading = Reading(kind=OutputKind.REGRESSION, scores=scores, probabilities=scores)
-    return RowForwarded(reading=reading, started_at=0.0)
+    facts = PassFacts(
+        rows=1, explanations=0, device="cpu", dtype="float32", plan="forward", forward_seconds=0.0, backward_seconds=0.0
+    )
+    return RowForwarded(reading=reading, started_at=0.0, facts=facts)
 
 
 class CountingLoop:

@@ -25,7 +25,7 @@ from camserve.server.errors import (
     Reason,
     Unsupported,
 )
-from camserve.server.models.card import ExtraInput, LayerCard, MethodCard, PlanCard
+from camserve.server.models.card import ExtraInput, LayerCard, MethodCard, PlanCard, RuleCard
 from camserve.server.models.recipe import InputRecipe
 from camserve.server.wire import words
 from camserve.server.wire.answers import card_message, response
@@ -57,6 +57,7 @@ TABLES: dict[str, Mapping[int, object]] = {
     "Polarity": words.POLARITIES,
     "Profile": words.PROFILES,
     "ProgramKind": words.KINDS,
+    "RuleOutcome": words.RULE_OUTCOMES,
     "Saliency": words.SALIENCIES,
     "Score": words.SCORES,
 }
@@ -87,6 +88,7 @@ OURS = (
     jobs.PixelFormat,
     jobs.Polarity,
     jobs.Profile,
+    jobs.RuleOutcome,
     jobs.Saliency,
     jobs.Score,
 )
@@ -151,6 +153,7 @@ def test_the_client_says_the_same_words():
         "Method": client_words.METHODS, "Profile": client_words.PROFILES, "Fusion": client_words.FUSIONS,
         "Score": client_words.SCORES, "Polarity": client_words.POLARITIES, "Saliency": client_words.SALIENCIES,
         "MapSize": client_words.SIZES, "Encoding": client_words.ENCODINGS, "Normalisation": client_words.NORMALISATIONS,
+        "RuleOutcome": client_words.RULE_OUTCOMES,
         "Lane": client_words.LANES, "MapFlag": client_words.FLAGS, "OutputKind": client_words.OUTPUT_KINDS,
         "ProgramKind": client_words.PROGRAM_KINDS,
     }  # fmt: skip
@@ -441,6 +444,7 @@ def test_a_request_without_an_id_gets_one_of_its_own():
     assert request_id_of(request()) != request_id_of(request())
 
 
+RULE_SPEC = jobs.Spec(index=0, method="grad-cam", layers=("body",))
 RAW = jobs.RawMap(
     spec_index=1,
     target=jobs.ResolvedTarget(
@@ -490,6 +494,7 @@ HEATMAP = jobs.Heatmap(
     raw_sha256=b"r" * 32,
     payload_sha256=b"p" * 32,
     regions=(jobs.HeatRegion(box=jobs.Box(0.5, 1.00001, 2.0, 2.99997), peak=1.25, share=0.5),),
+    rule="rejects",
 )
 SUMMARY = jobs.Summary(
     job=job(),
@@ -508,6 +513,7 @@ SUMMARY = jobs.Summary(
     map_seconds=3.0,
     encode_seconds=4.0,
     total_seconds=10.75,
+    rules=(jobs.RuleVerdict(rule="rejects", outcome=jobs.RuleOutcome.NOT_SAMPLED),),
 )
 PREDICTION = jobs.Prediction(
     classes=(jobs.ClassScore(class_index=2, label="crane", logit=1.5, probability=0.5, step=3),),
@@ -523,7 +529,7 @@ def pixels(left: int, top: int, width: int, height: int) -> input_pb2.Box:
 
 def is_filled(message: Message) -> None:
     """Asserts that every field of a message, and of those inside it, is set: none was forgotten."""
-    if isinstance(message, input_pb2.Box):  # Whose zeros are places.
+    if isinstance(message, input_pb2.Box | spec_pb2.Spec):  # Whose zeros are places; whose fields a rule chooses.
         return
     assert {field.name for field in message.DESCRIPTOR.fields} == {field.name for field, _ in message.ListFields()}
     for field, value in message.ListFields():
@@ -573,7 +579,7 @@ def test_a_heatmap_arrives_whole():
     (region,) = message.regions
     # A hair beyond row 1 and before row 4 is rounding, not a row.
     assert (pixels(0, 1, 3, 3), 1.25, 0.5) == (region.box, region.peak, region.share)
-    assert 0.25 == message.completed
+    assert (0.25, "rejects") == (message.completed, message.rule)
     assert (HEATMAP.method, HEATMAP.profile) == (words.METHODS[message.method], words.PROFILES[message.profile])
     assert (HEATMAP.encoding, HEATMAP.compression) == (
         words.ENCODINGS[message.encoding],
@@ -644,16 +650,19 @@ def test_a_summary_arrives_whole():
         message.device,
         message.dtype,
     )
+    (verdict,) = message.rules
+    assert ("rejects", heatmap_pb2.RULE_OUTCOME_NOT_SAMPLED) == (verdict.rule, verdict.outcome)
 
 
 def test_a_failed_spec_carries_its_status():
     """With the spec's index, so that the caller knows which of them it was."""
-    failed = jobs.SpecFailed(spec_index=2, error=ExecutionFailed(Reason.MODEL_FAILED, "no"))
+    failed = jobs.SpecFailed(spec_index=2, error=ExecutionFailed(Reason.MODEL_FAILED, "no"), rule="rejects")
 
     message = response(failed, card()).spec_error
 
     is_filled(message)
     assert (2, code_pb2.INTERNAL, "no") == (message.spec_index, message.status.code, message.status.message)
+    assert "rejects" == message.rule
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 0.999_999_999_9, 3.000_000_001, -1e-12])
@@ -677,6 +686,9 @@ def test_a_card_arrives_whole():
             ),
             methods=(MethodCard(slug="grad-cam", works=True, note="for the test"),),
             output_kind=jobs.OutputKind.SEGMENTATION,
+            rules=(
+                RuleCard(name="rejects", when="score < 0.5", sample=0.25, asks={"method": "grad-cam"}, spec=RULE_SPEC),
+            ),
             stages=("stem", "body"),
             phrases=("a crane",),
             extra_inputs=(ExtraInput(name="mask", shape=(1, 32, 32), dtype="float32"),),

@@ -45,6 +45,7 @@ class AccessRecord:
     version: str = ""
     specs: int = 0
     batch_rows: int = 0
+    rules: int = 0
     code: str = "OK"
     reason: str = ""
     message: str = ""
@@ -63,6 +64,7 @@ class AccessRecord:
             "version": self.version,
             "specs": self.specs,
             "batch_rows": self.batch_rows,
+            "rules": self.rules,
             "reason": self.reason,
             "error": self.message,
         }

@@ -27,10 +27,10 @@ from camserve.server.health import SERVICES, Health
 from camserve.server.heartbeat import Heartbeat
 from camserve.server.interceptors import CallInterceptor
 from camserve.server.jobs import Lane
+from camserve.server.loading import load_served, request_limits
 from camserve.server.metrics import Metrics
 from camserve.server.models.compiling_queue import CompilingQueue
 from camserve.server.models.lifecycle import Lifecycle
-from camserve.server.models.loader import load_model
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
 from camserve.server.pages import Pages
@@ -39,7 +39,6 @@ from camserve.server.queue import DeviceQueue
 from camserve.server.runner import Runner
 from camserve.server.service import ExplanationServicer, ModelServicer
 from camserve.server.settings import Settings
-from camserve.server.validate import RequestLimits
 from camserve.server.watchdog import Watchdog
 from camserve.v1 import explanation_service_pb2_grpc, model_service_pb2_grpc
 
@@ -127,7 +126,6 @@ class App:
             decode_limits=DecodeLimits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_request_bytes),
             metrics=metrics,
         )
-        request_limits = RequestLimits(max_specs=settings.max_specs, max_maps=settings.max_maps)
         server = grpc.aio.server(
             interceptors=[CallInterceptor(metrics, write_seconds=settings.write_seconds)],
             options=[
@@ -143,7 +141,7 @@ class App:
             ],
         )
         explanation_service_pb2_grpc.add_ExplanationServiceServicer_to_server(
-            ExplanationServicer(self.repository, pipeline, request_limits), server
+            ExplanationServicer(self.repository, pipeline, request_limits(settings)), server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(self.repository, self.lifecycle), server
@@ -194,17 +192,7 @@ class App:
 
     def _load_model(self, source: ModelSource, in_turn: InTurn) -> ServedModel:
         """Loads one model, in the thread of the lifecycle."""
-        settings = self.settings
-        return load_model(
-            source,
-            device=self.device,
-            max_batch_rows=settings.max_batch_rows,
-            max_maps=settings.max_maps,
-            slice_seconds=settings.slice_seconds,
-            most_threads=settings.torch_threads,
-            max_archive_bytes=settings.max_archive_bytes,
-            in_turn=in_turn,
-        )
+        return load_served(source, self.settings, self.device, in_turn)
 
     async def drain(self) -> bool:
         """Shuts down so that nobody who was let in is lost; a second call does nothing.

@@ -28,6 +28,8 @@ class Demand:
         depth: how far back its gradient goes.
         caller: who shares with others: a host, however many connections it opens.
         works: of each spec by its index, what tells how long amplified work takes; empty when none is amplified.
+        asked_depth: the same as `depth`, of the caller's own specs alone.
+        maybe: those whose amplified work may not be wanted: a rule's condition decides, once the model has spoken.
     """
 
     job: Job
@@ -36,6 +38,8 @@ class Demand:
     depth: int = 0
     caller: str = ""
     works: Mapping[int, WorkKey] = dataclasses.field(default_factory=dict)
+    asked_depth: int = 0
+    maybe: frozenset[int] = frozenset()
 
     @property
     def deadline(self) -> float:
@@ -55,8 +59,18 @@ def demand_of(job: Job, model: ServedModel) -> Demand:
         extra_shapes=tuple(extra.shape for extra in card.extra_inputs),
         form=effort.form,
     )
-    works = {spec.index: _work_key(key, spec) for spec in job.specs} if effort.is_amplified else {}
-    return Demand(job=job, model=model, key=key, depth=effort.depth, caller=_host(job.caller), works=works)
+    return Demand(
+        job=job,
+        model=model,
+        key=key,
+        depth=effort.depth,
+        caller=_host(job.caller),
+        works={spec.index: _work_key(key, spec) for spec in job.specs} if effort.is_amplified else {},
+        asked_depth=effort_of(model.pass_model, job.asked).depth if job.rules else effort.depth,
+        maybe=frozenset(
+            use.spec_index for use in job.rules if use.spec_index is not None and use.condition is not None
+        ),
+    )
 
 
 def _work_key(key: BatchKey, spec: Spec) -> WorkKey:

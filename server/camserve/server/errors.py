@@ -64,6 +64,7 @@ class Reason(enum.StrEnum):
     MODEL_UNLOADED = "MODEL_UNLOADED"
     MODEL_LOAD_FAILED = "MODEL_LOAD_FAILED"
     REPOSITORY_MISSING = "REPOSITORY_MISSING"
+    RULE_FAILED = "RULE_FAILED"
 
 
 class CamserveError(Exception):

@@ -7,12 +7,13 @@ calls it in the thread pool, or at once where `is_quickly_taken_in` says that th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Final
 
 from camserve.server import jobs
 from camserve.server.decode import DecodeLimits, Region, decode
 from camserve.server.encode import needs_source
-from camserve.server.errors import InvalidRequest, Reason, at_field
+from camserve.server.errors import CamserveError, InvalidRequest, Reason, at_field
 from camserve.server.models.card import ModelCard
 from camserve.server.placement import placed
 from camserve.server.tensors import read_tensor
@@ -49,7 +50,8 @@ def take_in(job: jobs.Job, card: ModelCard, limits: DecodeLimits) -> tuple[jobs.
         limits: of every input.
 
     Raises:
-        InvalidRequest: with the field at fault; see `decode`, `read_tensor` and `placed`.
+        InvalidRequest: with the field at fault; see `decode`, `read_tensor` and `placed`. What is wrong with the spec of a rule
+            is kept with the rule instead.
     """
     with at_field(job.payload.FIELD):
         sample = decode(
@@ -63,12 +65,27 @@ def take_in(job: jobs.Job, card: ModelCard, limits: DecodeLimits) -> tuple[jobs.
     for extra in card.extra_inputs:
         with at_field(f"extra_inputs[{extra.name}]"):
             extras[extra.name] = read_tensor(job.extra_inputs[extra.name], extra)
-    specs = []
+    specs: list[jobs.Spec] = []
+    obstacles: dict[int | None, CamserveError] = {}
     for spec in job.specs:
-        with at_field(f"specs[{spec.index}].target"):
-            specs.append(placed(_with_reference(spec, card, limits), sample.geometry, sample.tensor.shape))
+        try:
+            with at_field(f"{job.path(spec.index)}.target"):
+                specs.append(placed(_with_reference(spec, card, limits), sample.geometry, sample.tensor.shape))
+        except CamserveError as error:
+            if job.rule_of(spec.index) is None:
+                raise
+            # What a rule adds never fails the request: it is told if the rule's condition holds.
+            specs.append(spec)
+            obstacles[spec.index] = error
     sample = dataclasses.replace(sample, extras=extras) if extras else sample
-    return dataclasses.replace(job, specs=tuple(specs)), sample
+    job = dataclasses.replace(job, specs=tuple(specs))
+    return (_hindered(job, obstacles) if obstacles else job), sample
+
+
+def _hindered(job: jobs.Job, obstacles: Mapping[int | None, CamserveError]) -> jobs.Job:
+    """The job whose rules know that their specs cannot be made for this input."""
+    uses = tuple(dataclasses.replace(use, obstacle=obstacles.get(use.spec_index, use.obstacle)) for use in job.rules)
+    return dataclasses.replace(job, rules=uses)
 
 
 def _region(box: jobs.Box | None) -> Region | None:

@@ -38,6 +38,12 @@ class Metrics:
             ["model", "method", "outcome"],
             registry=registry,
         )
+        self.rules = Counter(
+            "camserve_rules_total",
+            "Rules looked at, one for each answered request; outcome is applied, not-met, not-sampled or failed.",
+            ["model", "rule", "outcome"],
+            registry=registry,
+        )
         self.rejected = Counter(
             "camserve_rejected_total",
             "Requests refused at the door, before any decoding.",
@@ -159,6 +165,7 @@ class Metrics:
         for instrument in (
             self.requests,
             self.explanations,
+            self.rules,
             self.request_seconds,
             self.first_message_seconds,
             self.decode_seconds,

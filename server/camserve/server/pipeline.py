@@ -26,7 +26,8 @@ from camserve.server.models.card import ModelCard
 from camserve.server.models.repository import ServedModel
 from camserve.server.prediction import predict
 from camserve.server.queue import DeviceQueue
-from camserve.server.replies import Reply, RowForwarded
+from camserve.server.replies import Outcome, Reply, RowForwarded
+from camserve.server.rules import Standing
 from camserve.server.validate import most_maps
 
 __all__ = ["Pipeline", "encoded"]
@@ -88,57 +89,116 @@ class Pipeline:
         self._metrics.first_message_seconds.labels(job.model).observe(time.monotonic() - job.received_at)
         yield predict(forwarded.reading, model.card, job.top_k, sample.geometry)
 
-        map_seconds = encode_seconds = 0.0
-        seen: set[tuple[int, int]] = set()
+        answer = _Answer(job, sample, model, queue_seconds)
         while True:
             with clock.stage("device"):
-                outcome = await reply.next()
+                outcome = await answer.next(reply)
+            if outcome is None:
+                for failure in answer.standing.give_up(forwarded.reading):
+                    yield self._counted(answer.standing.told(failure), job)
+                outcome = forwarded.facts
             match outcome:
-                case jobs.RawMap() | jobs.SpecFailed() if not _is_new(outcome, seen):
-                    continue
-                case jobs.RawMap():
-                    map_seconds += outcome.device_seconds
-                    with clock.stage("encode"):
-                        work = functools.partial(encoded, outcome, job, model.card, sample)
-                        is_quick = is_quickly_encoded(outcome, job.specs[outcome.spec_index])
-                        event = work() if is_quick else await self._in_worker(work, job.deadline)
-                    if isinstance(event, jobs.Heatmap):
-                        encode_seconds += event.encode_seconds
-                        self._metrics.encode_seconds.labels(event.encoding).observe(event.encode_seconds)
-                    self._count(event, job)
-                    yield event
-                case jobs.SpecFailed():
-                    self._count(outcome, job)
-                    yield outcome
+                case jobs.RawMap() | jobs.SpecFailed():
+                    if answer.is_new(outcome):
+                        with clock.stage("encode"):
+                            event = await self._made(outcome, job, model, sample)
+                        answer.note(outcome, event)
+                        yield self._counted(answer.standing.told(event), job)
                 case jobs.PassFacts():
-                    total = time.monotonic() - job.received_at
-                    self._metrics.request_seconds.labels(job.model).observe(total)
-                    yield jobs.Summary(
-                        job=job,
-                        model_sha256=model.card.model_sha256,
-                        facts=outcome,
-                        decode_seconds=sample.decode_seconds,
-                        queue_seconds=queue_seconds,
-                        map_seconds=map_seconds,
-                        encode_seconds=encode_seconds,
-                        total_seconds=total,
-                    )
+                    summary = answer.summary(outcome)
+                    self._count_request(summary)
+                    yield summary
                     return
                 case RowForwarded():
                     continue
+
+    async def _made(
+        self, outcome: jobs.RawMap | jobs.SpecFailed, job: jobs.Job, model: ServedModel, sample: jobs.Sample
+    ) -> jobs.Heatmap | jobs.SpecFailed:
+        """The outcome as it is sent."""
+        if isinstance(outcome, jobs.SpecFailed):
+            return outcome
+        work = functools.partial(encoded, outcome, job, model.card, sample)
+        is_quick = is_quickly_encoded(outcome, job.specs[outcome.spec_index])
+        return work() if is_quick else await self._in_worker(work, job.deadline)
 
     async def _in_worker(self, work: Callable[[], _T], deadline: float | None) -> _T:
         async with asyncio.timeout_at(deadline):
             return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
-    def _count(self, event: jobs.Event, job: jobs.Job) -> None:
+    def _counted(self, event: jobs.Heatmap | jobs.SpecFailed, job: jobs.Job) -> jobs.Heatmap | jobs.SpecFailed:
         match event:
             case jobs.Heatmap():
+                self._metrics.encode_seconds.labels(event.encoding).observe(event.encode_seconds)
                 if event.raw.target.rank == event.raw.target.count - 1:
                     self._metrics.explanations.labels(job.model, event.method, "ok").inc()
             case jobs.SpecFailed():
                 method = job.specs[event.spec_index].method
                 self._metrics.explanations.labels(job.model, method, event.error.reason).inc()
+        return event
+
+    def _count_request(self, summary: jobs.Summary) -> None:
+        model = summary.job.model
+        self._metrics.request_seconds.labels(model).observe(summary.total_seconds)
+        for verdict in summary.rules:
+            self._metrics.rules.labels(model, verdict.rule, verdict.outcome).inc()
+
+
+class _Answer:
+    """What has been told of one request behind its prediction, and what it took.
+
+    Attributes:
+        standing: of the model's rules.
+    """
+
+    def __init__(self, job: jobs.Job, sample: jobs.Sample, model: ServedModel, queue_seconds: float) -> None:
+        self.standing = Standing(job)
+        self._job = job
+        self._sample = sample
+        self._model = model
+        self._queue_seconds = queue_seconds
+        self._map_seconds = self._encode_seconds = 0.0
+        self._seen: set[tuple[int, int]] = set()
+
+    async def next(self, reply: Reply) -> Outcome | None:
+        """The next outcome; None where only what rules add is still to come, and the deadline so near that the answer must go."""
+        until = self.standing.give_up_at
+        if until is None or not self.standing.waits_for_rules_only:
+            return await reply.next()
+        try:
+            async with asyncio.timeout_at(until):
+                return await reply.next()
+        except TimeoutError:
+            return None
+
+    def is_new(self, outcome: jobs.RawMap | jobs.SpecFailed) -> bool:
+        """False for what was sent before: a pass that failed late, say for want of memory, is run again in halves."""
+        rank = outcome.target.rank if isinstance(outcome, jobs.RawMap) else -1
+        key = (outcome.spec_index, rank)
+        is_new = key not in self._seen and not self.standing.is_over(outcome.spec_index)
+        self._seen.add(key)
+        return is_new
+
+    def note(self, outcome: jobs.RawMap | jobs.SpecFailed, event: jobs.Heatmap | jobs.SpecFailed) -> None:
+        """What an outcome took, as it is sent."""
+        if isinstance(outcome, jobs.RawMap):
+            self._map_seconds += outcome.device_seconds
+        if isinstance(event, jobs.Heatmap):
+            self._encode_seconds += event.encode_seconds
+
+    def summary(self, facts: jobs.PassFacts) -> jobs.Summary:
+        """Closes it."""
+        return jobs.Summary(
+            job=self._job,
+            model_sha256=self._model.card.model_sha256,
+            facts=facts,
+            decode_seconds=self._sample.decode_seconds,
+            queue_seconds=self._queue_seconds,
+            map_seconds=self._map_seconds,
+            encode_seconds=self._encode_seconds,
+            total_seconds=time.monotonic() - self._job.received_at,
+            rules=self.standing.verdicts(),
+        )
 
 
 def encoded(raw: jobs.RawMap, job: jobs.Job, card: ModelCard, sample: jobs.Sample) -> jobs.Heatmap | jobs.SpecFailed:
@@ -155,7 +215,7 @@ def encoded(raw: jobs.RawMap, job: jobs.Job, card: ModelCard, sample: jobs.Sampl
             input_size=(shape[1], shape[2]) if len(shape) == 3 else None,
         )
     except CamserveError as error:
-        return jobs.SpecFailed(spec_index=raw.spec_index, error=error.at(f"specs[{raw.spec_index}]"))
+        return jobs.SpecFailed(spec_index=raw.spec_index, error=error.at(job.path(raw.spec_index)))
 
 
 class _Clock:
@@ -187,15 +247,6 @@ class _Clock:
                 Reason.DEADLINE_EXCEEDED,
                 f"the deadline passed {time.monotonic() - self._received_at:.3f} s after arrival; give it longer or send less",
             ) from error
-
-
-def _is_new(outcome: jobs.RawMap | jobs.SpecFailed, seen: set[tuple[int, int]]) -> bool:
-    """False for what was sent before: a pass that failed late, say for want of memory, is run again in halves."""
-    rank = outcome.target.rank if isinstance(outcome, jobs.RawMap) else -1
-    key = (outcome.spec_index, rank)
-    is_new = key not in seen
-    seen.add(key)
-    return is_new
 
 
 def _held_bytes(job: jobs.Job, model: ServedModel, limits: DecodeLimits) -> int:

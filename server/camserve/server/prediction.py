@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from camserve.server.jobs import ClassScore, Geometry, OutputKind, Prediction, Reading
 from camserve.server.models.card import ModelCard
 from camserve.server.placement import box_on_source
@@ -43,10 +41,8 @@ def predict(reading: Reading, card: ModelCard, top_k: int, geometry: Geometry | 
         case OutputKind.SEQUENCE:
             best = enumerate(reading.scores.argmax(axis=1))
             return Prediction(classes=tuple(_entry(reading, card, (step, int(index))) for step, index in best))
-        case kind:
-            ranked = reading.probabilities if kind is OutputKind.SEGMENTATION else reading.scores
-            order = np.argsort(-ranked, kind="stable")[:top_k]
-            return Prediction(classes=tuple(_entry(reading, card, (int(index),)) for index in order))
+        case _:
+            return Prediction(classes=tuple(_entry(reading, card, (index,)) for index in reading.ranking(top_k)))
 
 
 def _entry(reading: Reading, card: ModelCard, place: tuple[int, ...]) -> ClassScore:

@@ -238,10 +238,16 @@ class DeviceQueue:
                 self._works.pop(place.entry, None)
         return Turn(entries=[place.entry for place in places], decision=decision, gone=gone)
 
-    def observe_pass(self, entries: Sequence[Entry], seconds: float, now: float) -> None:
-        """A pass of these rows took so long; device thread."""
+    def observe_pass(self, entries: Sequence[Entry], depth: int, seconds: float, now: float) -> None:
+        """A pass of these rows took so long; device thread.
+
+        Args:
+            entries: that ran.
+            depth: how far back its gradients went: no further than the deepest of them waits for.
+            seconds: of the device.
+            now: monotonic seconds.
+        """
         with self._lock:
-            depth = max(entry.waiting.depth for entry in entries)
             self._costs.observe(entries[0].waiting.key, depth, len(entries), seconds, now)
 
     def observe_whole(self, work: WorkKey, seconds: float, now: float) -> None:
@@ -295,7 +301,9 @@ class DeviceQueue:
                 self._arriving.pop((model, version), None)
 
     def _load(self, demand: Demand) -> Load:
-        known = (self._costs.whole_seconds(work) for work in demand.works.values())
+        # What a rule may ask for counts once it has asked; a rule that one part in a hundred meets must not fill the door.
+        works = (work for index, work in demand.works.items() if index not in demand.maybe)
+        known = (self._costs.whole_seconds(work) for work in works)
         return Load(
             lane=demand.job.lane,
             key=demand.key,
@@ -307,9 +315,10 @@ class DeviceQueue:
     def _own_seconds(self, demand: Demand, now: float) -> float:
         """What the request takes alone, as far as anybody may be refused by it."""
         costs, own = self._costs, 0.0
-        if costs.is_trusted(demand.key, demand.depth, now):
-            own += costs.line(demand.key, demand.depth).seconds(1)
-        for spec in demand.job.specs:
+        if costs.is_trusted(demand.key, demand.asked_depth, now):
+            own += costs.line(demand.key, demand.asked_depth).seconds(1)
+        # Nobody is refused for what a rule adds.
+        for spec in demand.job.asked:
             work = demand.works.get(spec.index)
             # Who takes the best map so far can be served in any time.
             if work is not None and not spec.parameters.allows_partial and costs.is_whole_trusted(work, now):

@@ -24,10 +24,12 @@ class RowForwarded:
     Attributes:
         reading: what it said.
         started_at: monotonic seconds at which its pass began.
+        facts: of the pass as far as it has come, for an answer that ends before it does.
     """
 
     reading: Reading
     started_at: float
+    facts: PassFacts
 
 
 Answer: TypeAlias = RowForwarded | RawMap | SpecFailed | PassFacts

@@ -21,25 +21,23 @@ import numpy.typing as npt
 import structlog
 import torch
 
+from camserve.server.engine.effort import effort_of
 from camserve.server.engine.passes import Amplification, Closed, Forwarded, Mapped, run_pass
+from camserve.server.errors import CamserveError
 from camserve.server.failures import contained, not_finite, row_failure
 from camserve.server.heartbeat import Heartbeat
-from camserve.server.jobs import PassFacts, SpecFailed
+from camserve.server.jobs import PassFacts, Reading, Spec, SpecFailed
+from camserve.server.last_call import last_call_seconds
 from camserve.server.metrics import Metrics
 from camserve.server.queue import DeviceQueue, Entry, Turn
 from camserve.server.replies import Outcome, Reply, RowForwarded, deliver
+from camserve.server.rules import Standing
 
 __all__ = ["Runner"]
 
 _T = TypeVar("_T")
 
 _log = structlog.get_logger("camserve.runner")
-
-
-# The best map so far has still to be encoded and sent: a tenth of the time that the caller gave, within bounds.
-_LAST_CALL_SHARE = 0.1
-_SHORTEST_LAST_CALL_SECONDS = 0.05
-_LONGEST_LAST_CALL_SECONDS = 0.25
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -59,6 +57,60 @@ class _Amplified:
     works: collections.deque[Amplification]
     turned_at: float | None = None
     spent: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Batch:
+    """Rows to run together.
+
+    Attributes:
+        entries: whose.
+        hindrance: why the pass of the one row there is must do without what its rules add; None in a first attempt.
+    """
+
+    entries: list[Entry]
+    hindrance: CamserveError | None = None
+
+    @property
+    def specs(self) -> list[tuple[Spec, ...]]:
+        """Of each row."""
+        return [entry.job.specs if self.hindrance is None else entry.job.asked for entry in self.entries]
+
+    @property
+    def wanted(self) -> _Batch:
+        """What is left of it without those whose callers left."""
+        return dataclasses.replace(self, entries=[entry for entry in self.entries if not entry.reply.is_abandoned])
+
+
+class _Due:
+    """Which specs of a pass turned out to be wanted: those of rules only where their conditions hold.
+
+    Args:
+        batch: of the pass.
+    """
+
+    def __init__(self, batch: _Batch) -> None:
+        self._batch = batch
+        self._left_out: dict[int, set[int]] = collections.defaultdict(set)
+
+    def __call__(self, row: int, spec_index: int, reading: Reading) -> bool:
+        """As `passes.IsDue`."""
+        use = self._batch.entries[row].job.rule_of(spec_index)
+        if use is None or use.is_due(reading):
+            return True
+        self._left_out[row].add(spec_index)
+        return False
+
+    @property
+    def depth(self) -> int:
+        """How far back the gradients went that were taken."""
+        return max(self._depth(row, entry) for row, entry in enumerate(self._batch.entries))
+
+    def _depth(self, row: int, entry: Entry) -> int:
+        if row not in self._left_out:
+            return entry.waiting.depth
+        made = [spec for spec in self._batch.specs[row] if spec.index not in self._left_out[row]]
+        return effort_of(entry.model.pass_model, made).depth
 
 
 class Runner:
@@ -145,37 +197,49 @@ class Runner:
             metrics.batch_cut.labels(turn.decision.cut).inc()
 
     def _run(self, queue: DeviceQueue, entries: Sequence[Entry], loop: asyncio.AbstractEventLoop) -> None:
-        todo = [list(entries)]
+        todo = [_Batch(entries=list(entries))]
         while todo:
-            batch = [entry for entry in todo.pop() if not entry.reply.is_abandoned]
-            if not batch:
+            batch = todo.pop().wanted
+            if not batch.entries:
                 continue
             started = time.perf_counter()
+            due = _Due(batch)
             try:
-                with self._heartbeat.during("pass", batch[0].model.card.name, _request_ids(batch)):
-                    amplified = self._pass(batch, loop)
+                with self._heartbeat.during("pass", batch.entries[0].model.card.name, _request_ids(batch.entries)):
+                    amplified = self._pass(batch, due, loop)
             except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
-                failure = row_failure(error, batch[0].job.model)
-                if len(batch) == 1:
-                    _log.warning(
-                        "row failed", request_id=batch[0].job.request_id, model=batch[0].job.model, error=repr(error)
-                    )
-                    deliver(loop, [(batch[0].reply, failure)])
-                else:
-                    _log.warning("pass failed, halving", rows=len(batch), model=batch[0].job.model, error=repr(error))
-                    middle = len(batch) // 2
-                    todo += [batch[middle:], batch[:middle]]
+                todo += self._after_failure(batch, error, loop)
                 continue
             now = time.monotonic()
-            if not any(entry.reply.is_abandoned for entry in batch):
+            if not any(entry.reply.is_abandoned for entry in batch.entries):
                 # What was cut short would make the next look cheaper than it is.
-                queue.observe_pass(batch, time.perf_counter() - started, now)
+                queue.observe_pass(batch.entries, due.depth, time.perf_counter() - started, now)
             for work in amplified:
                 self._amplified[work.entry] = work
                 self._put_back(queue, work, 0.0)
 
-    def _pass(self, batch: list[Entry], loop: asyncio.AbstractEventLoop) -> list[_Amplified]:
+    @staticmethod
+    def _after_failure(batch: _Batch, error: BaseException, loop: asyncio.AbstractEventLoop) -> list[_Batch]:
+        """What is tried next; a row that fails even alone, and without what its rules add, is told so."""
+        entries, first = batch.entries, batch.entries[0]
+        model = first.job.model
+        if len(entries) > 1:
+            _log.warning("pass failed, halving", rows=len(entries), model=model, error=repr(error))
+            middle = len(entries) // 2
+            return [_Batch(entries=entries[middle:]), _Batch(entries=entries[:middle])]
+        failure = row_failure(error, model)
+        if batch.hindrance is None and len(first.job.asked) < len(first.job.specs):
+            _log.warning(
+                "row failed, without its rules", request_id=first.job.request_id, model=model, error=repr(error)
+            )
+            return [_Batch(entries=entries, hindrance=failure)]
+        _log.warning("row failed", request_id=first.job.request_id, model=model, error=repr(error))
+        deliver(loop, [(first.reply, failure)])
+        return []
+
+    def _pass(self, ran: _Batch, due: _Due, loop: asyncio.AbstractEventLoop) -> list[_Amplified]:
         """Runs one batch; returns the work that goes on behind it."""
+        batch = ran.entries
         model = batch[0].model
         card = model.card
         started_at = time.monotonic()
@@ -185,31 +249,35 @@ class Runner:
             torch.from_numpy(_stacked([entry.sample.extras[extra.name] for entry in batch], rows))
             for extra in card.extra_inputs
         ]
-        specs = [entry.job.specs for entry in batch] + [()] * (rows - len(batch))
+        specs = ran.specs + [()] * (rows - len(batch))
         amplified: dict[int, collections.deque[Amplification]] = collections.defaultdict(collections.deque)
         behind: list[_Amplified] = []
 
         def is_wanted(row: int) -> bool:
             return row < len(batch) and not batch[row].reply.is_abandoned
 
-        for event in run_pass(model.pass_model, inputs, specs, extras=extras, is_wanted=is_wanted):
+        def facts_of(explanations: int, event: Forwarded | Closed, backward_seconds: float) -> PassFacts:
+            return PassFacts(
+                rows=rows,
+                explanations=explanations,
+                device=card.device,
+                dtype=card.dtype,
+                plan="compiled" if event.is_compiled else "tapped" if any(specs) else "forward",
+                forward_seconds=event.forward_seconds,
+                backward_seconds=backward_seconds,
+            )
+
+        for event in run_pass(model.pass_model, inputs, specs, extras=extras, is_wanted=is_wanted, is_due=due):
             match event:
                 case Forwarded():
-                    deliver(loop, _forwarded(event, batch, started_at))
+                    facts = facts_of(sum(map(len, specs)), event, 0.0)
+                    deliver(loop, _forwarded(event, ran, started_at, facts))
                 case Mapped():
                     deliver(loop, [(batch[event.row].reply, event.result)])
                 case Amplification():
                     amplified[event.row].append(event)
                 case Closed():
-                    facts = PassFacts(
-                        rows=rows,
-                        explanations=event.explanations,
-                        device=card.device,
-                        dtype=card.dtype,
-                        plan="compiled" if event.is_compiled else "tapped" if any(specs) else "forward",
-                        forward_seconds=event.forward_seconds,
-                        backward_seconds=event.backward_seconds,
-                    )
+                    facts = facts_of(event.explanations, event, event.backward_seconds)
                     self._observe(facts, event, card.name)
                     done = [entry for row, entry in enumerate(batch) if row not in amplified]
                     deliver(loop, [(entry.reply, facts) for entry in done])
@@ -272,9 +340,7 @@ class Runner:
             return False
         # The last round also tells what others in line, and passes in between, took.
         turn = max(work.chunk_seconds * len(self._amplified), 0.0 if before is None else now - before)
-        share = _LAST_CALL_SHARE * (job.deadline - job.received_at)
-        last_call = min(max(share, _SHORTEST_LAST_CALL_SECONDS), _LONGEST_LAST_CALL_SECONDS)
-        return now + turn + last_call > job.deadline
+        return now + turn + last_call_seconds(job) > job.deadline
 
     def _observe(self, facts: PassFacts, closed: Closed, model: str) -> None:
         metrics = self._metrics
@@ -294,11 +360,15 @@ def _stacked(samples: Sequence[npt.NDArray[np.generic]], rows: int) -> npt.NDArr
     return np.stack([*samples, *[samples[-1]] * (rows - len(samples))])
 
 
-def _forwarded(event: Forwarded, batch: list[Entry], started_at: float) -> list[tuple[Reply, Outcome]]:
+def _forwarded(event: Forwarded, batch: _Batch, started_at: float, facts: PassFacts) -> list[tuple[Reply, Outcome]]:
     letters: list[tuple[Reply, Outcome]] = []
-    for row, entry in enumerate(batch):
-        if event.finite[row]:
-            letters.append((entry.reply, RowForwarded(reading=event.readings[row], started_at=started_at)))
-        else:
+    for row, entry in enumerate(batch.entries):
+        if not event.finite[row]:
             letters.append((entry.reply, not_finite(entry.job.model)))
+            continue
+        reading = event.readings[row]
+        letters.append((entry.reply, RowForwarded(reading=reading, started_at=started_at, facts=facts)))
+        if batch.hindrance is not None:
+            failed = Standing(entry.job).fail(reading, batch.hindrance)
+            letters += [(entry.reply, failure) for failure in failed]
     return letters

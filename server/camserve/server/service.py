@@ -17,6 +17,7 @@ from camserve.server.errors import InvalidRequest, Reason
 from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.repository import ModelState, Repository, ServedModel, Slot
 from camserve.server.pipeline import Pipeline
+from camserve.server.rules import apply_rules
 from camserve.server.validate import RequestLimits, check_job, check_size
 from camserve.server.wire.answers import card_message, response
 from camserve.server.wire.requests import job_from_request, request_id_of
@@ -60,11 +61,14 @@ class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceService
             caller=context.peer(),
         )
         check_job(job, model.card, self._limits)
+        if not request.skip_rules:
+            job = apply_rules(job, model.card)
         record.deadline = math.inf if job.deadline is None else job.deadline
         async with contextlib.aclosing(self._pipeline.explain(job, model)) as events:
             async for event in events:
                 if isinstance(event, jobs.Summary):
                     record.batch_rows = event.facts.rows
+                    record.rules = sum(verdict.outcome is jobs.RuleOutcome.APPLIED for verdict in event.rules)
                 yield response(event, model.card)
 
 

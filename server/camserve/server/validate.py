@@ -17,7 +17,7 @@ from camserve.server.models.card import ExtraInput, ModelCard
 from camserve.server.target_rules import check_target
 from camserve.server.tensors import check_tensor
 
-__all__ = ["RequestLimits", "check_job", "check_size", "most_maps"]
+__all__ = ["RequestLimits", "check_job", "check_rendering", "check_size", "check_spec", "most_maps"]
 
 # A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
 _COMPARED_CHARACTERS = 128
@@ -63,10 +63,8 @@ def check_job(job: jobs.Job, card: ModelCard, limits: RequestLimits) -> None:
     maps = 0
     for spec in job.specs:
         field = f"specs[{spec.index}]"
-        check_method(spec, card, field)
-        _check_layers(spec, card, field)
-        maps += most_maps(spec, card)
-        _check_rendering(spec, job.payload, field)
+        maps += check_spec(spec, card, field)
+        check_rendering(spec, job.payload, field)
     if maps > limits.max_maps:
         raise InvalidRequest(
             Reason.TOO_MANY_SPECS,
@@ -75,6 +73,25 @@ def check_job(job: jobs.Job, card: ModelCard, limits: RequestLimits) -> None:
             field="specs",
             metadata={"maps": maps, "limit": limits.max_maps},
         )
+
+
+def check_spec(spec: jobs.Spec, card: ModelCard, field: str) -> int:
+    """Refuses a spec that the model cannot carry out, whatever it is shown.
+
+    Args:
+        spec: read.
+        card: of the model.
+        field: path of the spec, for errors.
+
+    Returns:
+        The most maps that it can give.
+
+    Raises:
+        CamserveError: with the field at fault and what would be right.
+    """
+    check_method(spec, card, field)
+    _check_layers(spec, card, field)
+    return _most_maps(spec, card, field)
 
 
 def _check_top_k(top_k: int, card: ModelCard) -> None:
@@ -184,7 +201,12 @@ def _some(layers: list[str]) -> str:
     return f"the card lists all {len(layers)}, such as {', '.join(blocks[:8])}"
 
 
-def _check_rendering(spec: jobs.Spec, payload: jobs.JobInput, field: str) -> None:
+def check_rendering(spec: jobs.Spec, payload: jobs.JobInput, field: str) -> None:
+    """Refuses a form of map that this kind of input has not.
+
+    Raises:
+        InvalidRequest: it needs a source image, and a tensor has none.
+    """
     if not isinstance(payload, jobs.TensorInput):
         return
     if spec.encoding.startswith("overlay"):
@@ -203,5 +225,9 @@ def _check_rendering(spec: jobs.Spec, payload: jobs.JobInput, field: str) -> Non
 
 def most_maps(spec: jobs.Spec, card: ModelCard) -> int:
     """The most maps that a valid spec can give."""
-    targets = check_target(spec.target, card, f"specs[{spec.index}].target") if METHODS[spec.method].has_target else 1
+    return _most_maps(spec, card, f"specs[{spec.index}]")
+
+
+def _most_maps(spec: jobs.Spec, card: ModelCard, field: str) -> int:
+    targets = check_target(spec.target, card, f"{field}.target") if METHODS[spec.method].has_target else 1
     return targets * maps_for_each_target(spec)

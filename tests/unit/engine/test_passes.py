@@ -23,6 +23,7 @@ from camserve.server.jobs import (
     Normalisation,
     Profile,
     RawMap,
+    Reading,
     Score,
     Spec,
     SpecFailed,
@@ -517,6 +518,62 @@ def test_cancelling_between_maps_stops_them(model: PassModel) -> None:
 
     assert [Closed] == [type(event) for event in after_first]
     assert 1 == CountBackward.passes
+
+
+def test_specs_that_turn_out_not_to_be_due_cost_nothing_more(model: PassModel) -> None:
+    """Each is asked about once, after the prediction, with its row's own reading; those left out give neither map nor failure."""
+    rows = [every_method(), (spec(), spec(1, layers=["no such layer"])), (spec(method="score-cam", layers=["relu#1"]),)]
+    asked: list[tuple[int, int]] = []
+
+    def is_due(row: int, spec_index: int, reading: Reading) -> bool:
+        asked.append((row, spec_index))
+        assert readings[row] is reading
+        return False
+
+    CountBackward.passes = 0
+    events = run_pass(model, images(3), rows, is_due=is_due)
+    first = next(events)
+    assert isinstance(first, Forwarded)
+    readings = first.readings
+    assert [] == asked
+    (closed,) = events
+
+    assert sorted((row, item.index) for row, specs in enumerate(rows) for item in specs) == sorted(asked)
+    assert isinstance(closed, Closed)
+    assert (0, 0) == (CountBackward.passes, closed.explanations)
+
+
+@pytest.mark.parametrize("company", COMPANIES)
+def test_what_is_not_due_does_not_change_a_bit_of_the_rest(model: PassModel, company: tuple[Spec, ...]) -> None:
+    """A row has the maps that it has with these neighbours anyway, and a row whose first spec is left out those of the others."""
+    mine = (spec(), spec(1, "layercam"), spec(2, target=of_class(1)))
+    expected = values_of(run_pass(model, images(3), [mine, mine, ()]))
+
+    found = values_of(
+        run_pass(
+            model,
+            images(3),
+            [mine, mine, company],
+            is_due=lambda row, spec_index, _reading: row == 0 or (row == 1 and spec_index > 0),
+        )
+    )
+
+    assert {key: values for key, values in expected.items() if key[:2] != (1, 0)} == found
+
+
+def test_a_spec_whose_need_cannot_be_told_fails_alone(model: PassModel) -> None:
+    """What the predicate raises is that spec's failure."""
+    error = ExecutionFailed(Reason.RULE_FAILED, "who knows")
+
+    def is_due(row: int, spec_index: int, _reading: Reading) -> bool:
+        if (row, spec_index) == (0, 1):
+            raise error
+        return True
+
+    found = results(run_pass(model, images(2), [(spec(), spec(1)), (spec(),)], is_due=is_due))
+
+    assert error is failure(found[0, 1][0])
+    assert all(isinstance(found[key][0], RawMap) for key in [(0, 0), (1, 0)])
 
 
 def test_a_batch_nobody_waits_for_is_not_run(model: PassModel) -> None:

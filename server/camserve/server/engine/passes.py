@@ -32,7 +32,7 @@ from camserve.server.engine.further import FurtherForwards, rules_of
 from camserve.server.engine.graph import Chosen, Gradients, PassGraph, capture_graph, moved
 from camserve.server.engine.mapping import Mapper
 from camserve.server.engine.pace import use_threads
-from camserve.server.engine.plan import Ask, PassModel, check, distinct_aims, settle
+from camserve.server.engine.plan import Ask, Failure, PassModel, check, distinct_aims, settle
 from camserve.server.engine.program import INPUT, BackwardRule, TapName
 from camserve.server.engine.stopwatch import Lap
 from camserve.server.errors import CamserveError
@@ -49,11 +49,13 @@ class Forwarded:
         readings: what the model said of each row.
         finite: (b) whether all of a row's numbers are; the specs of other rows fail.
         forward_seconds: device time, with the copy of the outputs.
+        is_compiled: whether it ran on the compiled plan.
     """
 
     readings: tuple[Reading, ...]
     finite: npt.NDArray[np.bool_]
     forward_seconds: float
+    is_compiled: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ class Closed:
         forward_seconds: device time of the forward.
         backward_seconds: of all gradients, and of further forwards under other rules.
         map_seconds: of making the maps.
-        explanations: specs that shared the pass, over the rows that were wanted at its start.
+        explanations: specs that shared the pass, over the rows that were wanted at its start; without those that were not due.
         is_compiled: whether it ran on the compiled plan; the gradient's time is then in the forward's.
     """
 
@@ -89,6 +91,7 @@ class Closed:
 
 
 IsWanted: TypeAlias = Callable[[int], bool]
+IsDue: TypeAlias = Callable[[int, int, Reading], bool]
 Event: TypeAlias = Forwarded | Mapped | Amplification | Closed
 
 
@@ -99,6 +102,7 @@ def run_pass(
     *,
     extras: Sequence[Tensor] = (),
     is_wanted: IsWanted = lambda _row: True,
+    is_due: IsDue = lambda _row, _spec_index, _reading: True,
 ) -> Iterator[Event]:
     """Runs one batch and yields what each row asked for, as soon as it is there.
 
@@ -113,6 +117,9 @@ def run_pass(
         rows: the specs of each row; none for a row that only wants its prediction.
         extras: further inputs of the model in the order of its arguments, one row for each row.
         is_wanted: whether somebody still waits for a row; asked before the forward, before each gradient and before each map.
+        is_due: whether a spec of a row, by its index, is to be made after all, now that the model has spoken; asked once for
+            each, behind the forward, which was tapped for all of them, and before any gradient. Nothing more is done for one
+            that is not. May raise a CamserveError, with which the spec then fails.
 
     Raises:
         ValueError: `rows` is not as long as the batch.
@@ -135,9 +142,12 @@ def run_pass(
         graph, refusals = _forward(model, inputs, asks) if compiled is None else (compiled, {})
         readings = tuple(graph.readout().readings())
     is_finite = np.asarray([_is_finite(reading) for reading in readings])
-    yield Forwarded(readings=readings, finite=is_finite, forward_seconds=forward.seconds)
+    is_compiled = compiled is not None
+    yield Forwarded(readings=readings, finite=is_finite, forward_seconds=forward.seconds, is_compiled=is_compiled)
 
     usable = [bool(finite) for finite in is_finite]
+    asks, failures = _due(asks, failures, readings, usable, is_due)
+    explanations = len(asks) + len(failures)
     asks, more_failures = settle(asks, refusals, Aimer(model, graph), usable, model.max_maps)
     for failure in failures + more_failures:
         if is_wanted(failure.row):
@@ -157,8 +167,8 @@ def run_pass(
         forward_seconds=forward.seconds,
         backward_seconds=sum(lap.seconds for lap in work.laps),
         map_seconds=mapper.seconds,
-        explanations=sum(len(rows[row]) for row in wanted),
-        is_compiled=compiled is not None,
+        explanations=explanations,
+        is_compiled=is_compiled,
     )
 
 
@@ -240,6 +250,24 @@ class _SharedWork:
     def _release(self) -> None:
         self._graph.release()
         self._further.release()
+
+
+def _due(
+    asks: Sequence[Ask], failures: Sequence[Failure], readings: Sequence[Reading], usable: Sequence[bool], is_due: IsDue
+) -> tuple[list[Ask], list[Failure]]:
+    """What is left of both when only specs that are due count; of a row without a reading all are."""
+
+    def look(row: int, spec_index: int) -> bool:
+        try:
+            return not usable[row] or is_due(row, spec_index, readings[row])
+        except CamserveError as error:
+            found.append(Failure(row=row, spec_failed=SpecFailed(spec_index=spec_index, error=error)))
+            return False
+
+    found: list[Failure] = []
+    due = [ask for ask in asks if look(ask.row, ask.spec.index)]
+    left = [failure for failure in failures if look(failure.row, failure.spec_failed.spec_index)]
+    return due, left + found
 
 
 def _is_finite(reading: Reading) -> bool:

@@ -14,8 +14,8 @@ import torch
 
 from camserve.server.app import resolve_device
 from camserve.server.entries.trial import PassTrial, try_passes
+from camserve.server.loading import load_served
 from camserve.server.models.card import ModelCard
-from camserve.server.models.loader import load_model
 from camserve.server.models.sources import ModelSource, read_folder
 from camserve.server.settings import Settings
 
@@ -117,15 +117,7 @@ def check_source(source: ModelSource, settings: Settings) -> Account:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     try:
-        served = load_model(
-            source,
-            device=device,
-            max_batch_rows=settings.max_batch_rows,
-            max_maps=settings.max_maps,
-            slice_seconds=settings.slice_seconds,
-            most_threads=settings.torch_threads,
-            max_archive_bytes=settings.max_archive_bytes,
-        )
+        served = load_served(source, settings, device)
         passes = try_passes(served)
     except Exception as error:  # noqa: BLE001 - a model file is foreign code and may raise anything
         return Account(name=source.name, version=source.version, error=str(error) or type(error).__name__)

@@ -16,20 +16,21 @@ from camserve.server.jobs.inputs import (
     Sample,
     TensorInput,
 )
+from camserve.server.jobs.readings import Detection, Reading
 from camserve.server.jobs.results import (
     ClassScore,
-    Detection,
     Event,
     Heatmap,
     HeatRegion,
     PassFacts,
     Prediction,
     RawMap,
-    Reading,
     ResolvedTarget,
+    RuleVerdict,
     SpecFailed,
     Summary,
 )
+from camserve.server.jobs.rules import Circumstances, Condition, RuleUse
 from camserve.server.jobs.specs import Job, Parameters, RegionOptions, Smoothing, Spec
 from camserve.server.jobs.targets import (
     About,
@@ -64,6 +65,7 @@ from camserve.server.jobs.words import (
     PixelFormat,
     Polarity,
     Profile,
+    RuleOutcome,
     Saliency,
     Score,
 )
@@ -73,10 +75,12 @@ __all__ = [
     "BoolArray",
     "Box",
     "ByteArray",
+    "Circumstances",
     "ClassIndex",
     "ClassScore",
     "ClassesAbove",
     "Compression",
+    "Condition",
     "Detection",
     "DetectionBox",
     "Difference",
@@ -117,6 +121,9 @@ __all__ = [
     "Region",
     "RegionOptions",
     "ResolvedTarget",
+    "RuleOutcome",
+    "RuleUse",
+    "RuleVerdict",
     "Saliency",
     "Sample",
     "Score",

@@ -1,4 +1,4 @@
-"""What is answered: readings, maps and predictions as the engine leaves them, heatmaps as they are sent, and what it took."""
+"""What is answered: maps as the engine leaves them, predictions and heatmaps as they are sent, and what it took."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import TypeAlias
 
 from camserve.server.errors import CamserveError
 from camserve.server.jobs.inputs import Box, FloatArray, Geometry
+from camserve.server.jobs.readings import Detection
 from camserve.server.jobs.specs import Job
-from camserve.server.jobs.words import Compression, Encoding, MapFlag, OutputKind, Polarity, Profile, Score
+from camserve.server.jobs.words import Compression, Encoding, MapFlag, Polarity, Profile, RuleOutcome, Score
 
 __all__ = [
     "ClassScore",
-    "Detection",
     "Event",
     "HeatRegion",
     "Heatmap",
     "PassFacts",
     "Prediction",
     "RawMap",
-    "Reading",
     "ResolvedTarget",
+    "RuleVerdict",
     "SpecFailed",
     "Summary",
 ]
@@ -61,25 +61,6 @@ class ResolvedTarget:
     phrase: str = ""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reading:
-    """What the model said of one row, on the host, before anybody labels it.
-
-    Attributes:
-        kind: of output.
-        scores: (classes) logits; (values); (dimensions) of an embedding; of a segmentation each class's mean logit over the
-            input; (steps, classes) of a sequence; empty for a detector.
-        probabilities: of the same shape: softmax or sigmoid; of a segmentation each class's share of the cells; empty where there
-            are none.
-        detections: best first, for a detector; boxes in pixels of the model's input.
-    """
-
-    kind: OutputKind
-    scores: FloatArray
-    probabilities: FloatArray
-    detections: tuple[Detection, ...] = ()
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RawMap:
     """A map as the engine leaves it.
@@ -118,16 +99,6 @@ class ClassScore:
     logit: float
     probability: float
     step: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Detection:
-    """One object a detector found; the box in pixels of the model's input until `prediction.py` puts it on the source."""
-
-    box: Box
-    class_index: int
-    score: float
-    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +146,7 @@ class Heatmap:
         payload_sha256: of the payload before compression.
         encode_seconds: time in the encoder.
         regions: boxes around the strongest evidence, strongest first, if the spec asked for them.
+        rule: name of the rule that asked for it; empty for a spec of the caller's.
     """
 
     raw: RawMap
@@ -193,14 +165,24 @@ class Heatmap:
     payload_sha256: bytes
     encode_seconds: float = 0.0
     regions: tuple[HeatRegion, ...] = ()
+    rule: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SpecFailed:
-    """One explanation that could not be made; the others go on."""
+    """One explanation that could not be made; the others go on. `rule` names the rule that asked for it, if one did."""
 
     spec_index: int
     error: CamserveError
+    rule: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RuleVerdict:
+    """What became of one rule of the model."""
+
+    rule: str
+    outcome: RuleOutcome
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +221,7 @@ class Summary:
         map_seconds: making this request's maps on the device.
         encode_seconds: encoding them.
         total_seconds: from arrival to this event.
+        rules: what became of each rule of the model.
     """
 
     job: Job
@@ -249,6 +232,7 @@ class Summary:
     map_seconds: float
     encode_seconds: float
     total_seconds: float
+    rules: tuple[RuleVerdict, ...] = ()
 
 
 Event: TypeAlias = Prediction | Heatmap | SpecFailed | Summary

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from camserve.server.jobs.inputs import Box, JobInput, TensorInput
+from camserve.server.jobs.rules import RuleUse
 from camserve.server.jobs.targets import Target
 from camserve.server.jobs.words import Encoding, Fusion, Lane, MapSize, Normalisation, Profile, Saliency
 
@@ -126,6 +127,7 @@ class Job:
         extra_inputs: further inputs by name, for models that take several.
         region_of_interest: the part of the source to look at; None for all of it.
         lane: how urgent it is.
+        rules: what each rule of the model means for this request; the specs they add stand behind the caller's.
     """
 
     request_id: str
@@ -141,3 +143,19 @@ class Job:
     extra_inputs: Mapping[str, TensorInput] = dataclasses.field(default_factory=dict)
     region_of_interest: Box | None = None
     lane: Lane = Lane.STANDARD
+    rules: tuple[RuleUse, ...] = ()
+
+    @property
+    def asked(self) -> tuple[Spec, ...]:
+        """The caller's own specs."""
+        added = {use.spec_index for use in self.rules}
+        return tuple(spec for spec in self.specs if spec.index not in added) if added else self.specs
+
+    def rule_of(self, spec_index: int) -> RuleUse | None:
+        """The rule that added a spec; None for one of the caller's."""
+        return next((use for use in self.rules if use.spec_index == spec_index), None)
+
+    def path(self, spec_index: int) -> str:
+        """Where a spec stands, for errors: `specs[2]` of the request, or `rules[rejects]` of the card."""
+        use = self.rule_of(spec_index)
+        return f"specs[{spec_index}]" if use is None else f"rules[{use.name}]"

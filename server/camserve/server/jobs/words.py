@@ -16,6 +16,7 @@ __all__ = [
     "PixelFormat",
     "Polarity",
     "Profile",
+    "RuleOutcome",
     "Saliency",
     "Score",
 ]
@@ -140,6 +141,19 @@ class MapFlag(enum.StrEnum):
     NEGATIVE_ONLY = "negative-only"  # No positive evidence before rectification.
     NON_FINITE = "non-finite"  # NaN or infinity appeared and was set to zero.
     PARTIAL = "partial"  # The deadline came before the method was done.
+
+
+class RuleOutcome(enum.StrEnum):
+    """What became of a rule for one request."""
+
+    APPLIED = "applied"
+    """Its explanation was made."""
+    NOT_MET = "not-met"
+    """Its condition does not hold for the prediction."""
+    NOT_SAMPLED = "not-sampled"
+    """Its sample leaves the request out; the condition was not looked at."""
+    FAILED = "failed"
+    """Its condition or its explanation failed."""
 
 
 class PixelFormat(enum.StrEnum):

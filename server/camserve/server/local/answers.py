@@ -22,6 +22,7 @@ from camserve.server.intake import take_in
 from camserve.server.models.repository import ServedModel
 from camserve.server.pipeline import encoded
 from camserve.server.prediction import predict
+from camserve.server.rules import Standing
 
 __all__ = ["answers"]
 
@@ -53,6 +54,7 @@ class _Answer:
         self._map_seconds = 0.0
         self._encode_seconds = 0.0
         self._closed: Closed | None = None
+        self._standing = Standing(job)
 
     def events(self) -> Iterator[jobs.Event]:
         """As `answers`."""
@@ -83,11 +85,16 @@ class _Answer:
         specs = [self._job.specs, *[()] * (self._rows - 1)]
         extras = [self._repeated(samples.extras[extra.name]) for extra in self._model.card.extra_inputs]
         try:
-            for event in run_pass(self._model.pass_model, self._repeated(samples.tensor), specs, extras=extras):
+            tensor = self._repeated(samples.tensor)
+            for event in run_pass(self._model.pass_model, tensor, specs, extras=extras, is_due=self._is_due):
                 self._check_deadline()
                 yield event
         except Exception as error:
             raise row_failure(error, self._job.model) from error
+
+    def _is_due(self, _row: int, spec_index: int, reading: jobs.Reading) -> bool:
+        use = self._job.rule_of(spec_index)
+        return use is None or use.is_due(reading)
 
     def _advanced(self, work: Amplification, *, waiting: int) -> Sequence[jobs.RawMap | jobs.SpecFailed]:
         """One chunk of amplified work, or its end when the deadline would pass before its next turn."""
@@ -106,12 +113,12 @@ class _Answer:
 
     def _finished(self, result: jobs.RawMap | jobs.SpecFailed) -> jobs.Heatmap | jobs.SpecFailed:
         if isinstance(result, jobs.SpecFailed):
-            return result
+            return self._standing.told(result)
         self._map_seconds += result.device_seconds
         heatmap = encoded(result, self._job, self._model.card, self._sample)
         if isinstance(heatmap, jobs.Heatmap):
             self._encode_seconds += heatmap.encode_seconds
-        return heatmap
+        return self._standing.told(heatmap)
 
     def _summary(self) -> jobs.Summary:
         card, closed = self._model.card, self._closed
@@ -135,6 +142,7 @@ class _Answer:
             map_seconds=self._map_seconds,
             encode_seconds=self._encode_seconds,
             total_seconds=time.monotonic() - self._job.received_at,
+            rules=self._standing.verdicts(),
         )
 
     def _repeated(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:

@@ -25,13 +25,14 @@ from camserve.server import jobs
 from camserve.server.app import resolve_device
 from camserve.server.decode import DecodeLimits
 from camserve.server.errors import CamserveError, InvalidRequest, NotFound, Reason
+from camserve.server.loading import load_served, request_limits
 from camserve.server.local.answers import answers
 from camserve.server.local.source import source_of
-from camserve.server.models.loader import load_model
 from camserve.server.models.repository import ServedModel
 from camserve.server.models.sources import ModelSource
+from camserve.server.rules import apply_rules
 from camserve.server.settings import Settings
-from camserve.server.validate import RequestLimits, check_job, check_size
+from camserve.server.validate import check_job, check_size
 from camserve.server.wire.answers import card_message, response, status_of
 from camserve.server.wire.requests import job_from_request, request_id_of
 
@@ -57,21 +58,14 @@ class LocalExplainer:
 
     def __init__(self, source: ModelSource, settings: Settings | None = None) -> None:
         self._settings = Settings() if settings is None else settings
-        self._limits = RequestLimits(max_specs=self._settings.max_specs, max_maps=self._settings.max_maps)
+        self._limits = request_limits(self._settings)
         self._decode_limits = DecodeLimits(
             max_pixels=self._settings.max_image_pixels, max_bytes=self._settings.max_request_bytes
         )
         with _in_client_terms():
             device = resolve_device(self._settings.device)
             # Paced as a server would, although nobody else waits: other chunks would give an amplified map other last bits.
-            self._model: ServedModel | None = load_model(
-                source,
-                device=device,
-                max_batch_rows=self._settings.max_batch_rows,
-                slice_seconds=self._settings.slice_seconds,
-                most_threads=self._settings.torch_threads,
-                max_archive_bytes=self._settings.max_archive_bytes,
-            )
+            self._model: ServedModel | None = load_served(source, self._settings, device)
         self.card: ModelCard = card_from_proto(card_message(self._model.card))
 
     @classmethod
@@ -209,6 +203,8 @@ class LocalExplainer:
             caller="local",
         )
         check_job(job, model.card, self._limits)
+        if not request.skip_rules:
+            job = apply_rules(job, model.card)
         yield from answers(job, model, self._decode_limits, batch_rows=batch_rows)
 
 

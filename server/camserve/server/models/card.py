@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from camserve.server.jobs import OutputKind
+from camserve.server.jobs import Condition, OutputKind, Spec
 from camserve.server.models.recipe import InputRecipe
 
-__all__ = ["ExtraInput", "LayerCard", "MethodCard", "ModelCard", "PlanCard"]
+__all__ = ["ExtraInput", "LayerCard", "MethodCard", "ModelCard", "PlanCard", "RuleCard"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,27 @@ class PlanCard:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RuleCard:
+    """When to explain without being asked.
+
+    Attributes:
+        name: in answers, metrics and logs.
+        when: the condition as it was written; empty when it always holds.
+        sample: share of the requests it is applied to, 0 to 1.
+        asks: what it asks for as it was written, in the fields and words of the wire's `Spec`.
+        spec: the same, read; its index is that of no request.
+        condition: `when`, compiled; None when it always holds.
+    """
+
+    name: str
+    when: str
+    sample: float
+    asks: Mapping[str, object]
+    spec: Spec
+    condition: Condition | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """A loaded model, as callers see it.
 
@@ -106,6 +128,7 @@ class ModelCard:
         phrases: those whose embeddings are held for text targets.
         extra_inputs: what a request must send besides the first input, in the model's order.
         plan: how it is run.
+        rules: when to explain without being asked.
     """
 
     name: str
@@ -132,6 +155,7 @@ class ModelCard:
     phrases: tuple[str, ...] = ()
     extra_inputs: tuple[ExtraInput, ...] = ()
     plan: PlanCard = PlanCard()
+    rules: tuple[RuleCard, ...] = ()
 
     def label(self, class_index: int | None) -> str:
         """The label of a class; empty when the card has none, and for what is about no class."""

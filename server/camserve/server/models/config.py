@@ -6,6 +6,7 @@ Every field has a default that suits a torchvision-style classifier, so that a b
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    PrivateAttr,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -24,6 +26,7 @@ from pydantic import (
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from camserve.server.conditions import ExpressionError, check_condition
 from camserve.server.jobs import FloatArray, OutputKind
 from camserve.server.models.recipe import Channels, InputRecipe, Interpolation, Resize
 
@@ -34,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PlanConfig",
+    "RuleConfig",
     "VersionsConfig",
     "read_config",
     "read_labels",
@@ -149,6 +153,36 @@ class VersionsConfig(BaseModel):
         return self
 
 
+class RuleConfig(BaseModel):
+    """When to explain without being asked: `[[explain]]`.
+
+    All other keys are fields of the wire's `Spec`, in the wire's own words: what is to be explained, and how.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="In answers, metrics and logs; unique in the model."
+    )
+    when: str = Field("", description="A CEL expression over the prediction and the request; empty always holds.")
+    sample: float = Field(1.0, ge=0, le=1, description="Share of the requests it is applied to, by their ids.")
+    method: str = Field(description="Such as grad-cam.")
+
+    @property
+    def asks(self) -> Mapping[str, object]:
+        """What it asks for, as it was written: a `Spec` of the wire."""
+        return {"method": self.method, **(self.model_extra or {})}
+
+    @model_validator(mode="after")
+    def _condition_compiles(self) -> Self:
+        if self.when:
+            try:
+                check_condition(self.when)
+            except ExpressionError as error:
+                raise ValueError(f"rule {self.name!r}, when: {error}") from error
+        return self
+
+
 class ModelConfig(BaseModel):
     """`model.toml`."""
 
@@ -164,6 +198,20 @@ class ModelConfig(BaseModel):
     plan: PlanConfig = PlanConfig()
     versions: VersionsConfig = VersionsConfig()
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    explain: tuple[RuleConfig, ...] = Field((), description="When to explain without being asked.")
+    _path: str = PrivateAttr("model.toml")
+
+    @property
+    def path(self) -> str:
+        """The file it was read from, for messages."""
+        return self._path
+
+    @model_validator(mode="after")
+    def _rules_have_names_of_their_own(self) -> Self:
+        twice = [name for name, count in Counter(rule.name for rule in self.explain).items() if count > 1]
+        if twice:
+            raise ValueError(f"rule {twice[0]!r} is written twice; give each [[explain]] a name of its own")
+        return self
 
     @model_validator(mode="after")
     def _phrases_need_an_embedding(self) -> Self:
@@ -209,6 +257,8 @@ def read_config(path: Path) -> ModelConfig:
     except ValidationError as error:
         lines = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path}: {lines}") from error
+    if config.explain:
+        config._path = str(path)  # noqa: SLF001 - known only where it was read, and no field that a card could set
     try:
         config.recipe()
     except ValueError as error:

@@ -13,6 +13,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from camserve.server import errors, jobs
 from camserve.server.models.card import ModelCard
 from camserve.server.wire import words
+from camserve.server.wire.tables import spec_message
 from camserve.v1 import explanation_service_pb2 as service_pb2
 from camserve.v1 import heatmap_pb2, input_pb2, model_service_pb2
 
@@ -31,6 +32,7 @@ _OUTPUT_KINDS: Mapping[jobs.OutputKind, Any] = words.inverse(words.OUTPUT_KINDS)
 _ENCODINGS: Mapping[jobs.Encoding, Any] = words.inverse(words.ENCODINGS)
 _COMPRESSIONS: Mapping[jobs.Compression, Any] = words.inverse(words.COMPRESSIONS)
 _FLAGS: Mapping[jobs.MapFlag, Any] = words.inverse(words.FLAGS)
+_RULE_OUTCOMES: Mapping[jobs.RuleOutcome, Any] = words.inverse(words.RULE_OUTCOMES)
 _KINDS: Mapping[str, Any] = words.inverse(words.KINDS)
 _LAYOUTS: Mapping[str, Any] = words.inverse(words.LAYOUTS)
 
@@ -64,6 +66,7 @@ _CODES: Mapping[errors.Reason, Any] = MappingProxyType(
         errors.Reason.MODEL_UNLOADED: code_pb2.NOT_FOUND,
         errors.Reason.MODEL_LOAD_FAILED: code_pb2.FAILED_PRECONDITION,
         errors.Reason.REPOSITORY_MISSING: code_pb2.FAILED_PRECONDITION,
+        errors.Reason.RULE_FAILED: code_pb2.INTERNAL,
     }
 )
 
@@ -76,7 +79,7 @@ def response(event: jobs.Event, card: ModelCard) -> service_pb2.ExplainResponse:
         case jobs.Heatmap():
             return service_pb2.ExplainResponse(heatmap=_heatmap(event))
         case jobs.SpecFailed():
-            error = service_pb2.SpecError(spec_index=event.spec_index, status=status_of(event.error))
+            error = service_pb2.SpecError(spec_index=event.spec_index, status=status_of(event.error), rule=event.rule)
             return service_pb2.ExplainResponse(spec_error=error)
         case jobs.Summary():
             return service_pb2.ExplainResponse(summary=_summary(event))
@@ -162,6 +165,12 @@ def card_message(card: ModelCard) -> model_service_pb2.ModelCard:
             threads=card.plan.threads,
             chunk_rows=card.plan.chunk_rows,
         ),
+        rules=[
+            model_service_pb2.RuleInfo(
+                name=rule.name, when=rule.when, sample=rule.sample, spec=spec_message(rule.asks, f"rules[{rule.name}]")
+            )
+            for rule in card.rules
+        ],
     )
 
 
@@ -247,6 +256,7 @@ def _heatmap(heatmap: jobs.Heatmap) -> heatmap_pb2.Heatmap:
             for region in heatmap.regions
         ],
         completed=raw.completed,
+        rule=heatmap.rule,
     )
     geometry = heatmap.geometry
     if geometry is not None:
@@ -284,6 +294,10 @@ def _summary(summary: jobs.Summary) -> heatmap_pb2.Summary:
         plan=facts.plan,
         device=facts.device,
         dtype=facts.dtype,
+        rules=[
+            heatmap_pb2.RuleVerdict(rule=verdict.rule, outcome=_RULE_OUTCOMES[verdict.outcome])
+            for verdict in summary.rules
+        ],
     )
 
 

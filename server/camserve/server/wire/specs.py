@@ -1,7 +1,7 @@
 """`Spec` messages to `jobs.Spec`: one requested explanation, its words looked up and its numbers held to their bounds.
 
-Called by `requests.py`. A method of the contract that the table of methods lacks is refused here, and nothing else is: every
-other option is built, and whether this model can do it is `validate.py`'s business.
+Called by `requests.py`, and by `tables.py` for specs of a card. A method of the contract that the table of methods lacks is
+refused here, and nothing else is: every other option is built, and whether this model can do it is `validate.py`'s business.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from camserve.v1 import spec_pb2
 __all__ = ["read_spec"]
 
 
-def read_spec(index: int, spec: spec_pb2.Spec, card: ModelCard) -> jobs.Spec:
+def read_spec(index: int, spec: spec_pb2.Spec, card: ModelCard, field: str = "") -> jobs.Spec:
     """One explanation; where it names no layers, those methods that read layers get the card's default.
+
+    Args:
+        index: its place in the request.
+        spec: as it came.
+        card: of the model.
+        field: its path, for errors; that in the request unless told.
 
     Raises:
         CamserveError: a field is missing or wrong, or the method is not built yet.
     """
-    field = f"specs[{index}]"
+    field = field or f"specs[{index}]"
     method = _method(spec, field)
     encoding = words.word(words.ENCODINGS, spec.encoding, f"{field}.encoding")
     default_layers = (card.default_layer,) if method.reads is Reads.LAYERS else ()

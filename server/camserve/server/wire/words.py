@@ -25,6 +25,7 @@ __all__ = [
     "PIXEL_FORMATS",
     "POLARITIES",
     "PROFILES",
+    "RULE_OUTCOMES",
     "SALIENCIES",
     "SCORES",
     "SIZES",
@@ -192,6 +193,14 @@ FLAGS = _table(
         heatmap_pb2.MAP_FLAG_NEGATIVE_ONLY: jobs.MapFlag.NEGATIVE_ONLY,
         heatmap_pb2.MAP_FLAG_NON_FINITE: jobs.MapFlag.NON_FINITE,
         heatmap_pb2.MAP_FLAG_PARTIAL: jobs.MapFlag.PARTIAL,
+    }
+)
+RULE_OUTCOMES = _table(
+    {
+        heatmap_pb2.RULE_OUTCOME_APPLIED: jobs.RuleOutcome.APPLIED,
+        heatmap_pb2.RULE_OUTCOME_NOT_MET: jobs.RuleOutcome.NOT_MET,
+        heatmap_pb2.RULE_OUTCOME_NOT_SAMPLED: jobs.RuleOutcome.NOT_SAMPLED,
+        heatmap_pb2.RULE_OUTCOME_FAILED: jobs.RuleOutcome.FAILED,
     }
 )
 KINDS = _table(
