@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import structlog
 from support.servers import settings
 
 from camserve.client import Client
@@ -43,6 +44,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Says what was left out, and what would bring it back."""
     for marker, count in config.stash.get(_LEFT_OUT, {}).items():
         terminalreporter.write_line(f"{count} tests were left out: {_NEEDS[marker][1]}")
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[structlog.typing.EventDict]]:
+    """What is logged during a test, at every level, whatever servers of other tests have set for this process."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+    structlog.configure(**before)
 
 
 SAMPLES = Path(__file__).parents[1] / "server" / "camserve" / "server" / "demo" / "samples"

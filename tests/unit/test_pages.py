@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
-from structlog.testing import capture_logs
 
 from camserve.server import pages as pages_module
 from camserve.server.pages import Pages
@@ -121,20 +120,19 @@ def test_slow_clients_shut_nobody_out(pages, sent):
     assert pages_module._MOST_CONNECTIONS >= len(threads)
 
 
-def test_a_page_that_fails_is_one_line_of_the_log(registry):
+def test_a_page_that_fails_is_one_line_of_the_log(registry, log_lines):
     """The peer gets a 500; the traceback goes to the log, not bare to standard error."""
 
     def fail() -> str:
         raise ZeroDivisionError
 
     failing = Pages("127.0.0.1:0", registry, liveness=fail, readiness=fail)
-    with capture_logs() as lines:
-        status, _ = read(failing, "/livez")
+    status, _ = read(failing, "/livez")
     failing.close()
 
     assert 500 == status
-    assert ["page failed"] == [line["event"] for line in lines]
-    assert "ZeroDivisionError" in lines[0]["exception"]
+    assert ["page failed"] == [line["event"] for line in log_lines]
+    assert "ZeroDivisionError" in log_lines[0]["exception"]
 
 
 def test_an_address_in_use_is_named(pages, registry):

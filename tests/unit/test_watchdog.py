@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from structlog.testing import capture_logs
 
 from camserve.server.heartbeat import Heartbeat
 from camserve.server.metrics import Metrics
@@ -52,18 +51,17 @@ async def test_pieces_that_follow_each_other_do_not_hang(watchdog, heartbeat):
     assert [] == watchdog.told
 
 
-async def test_a_hang_is_told_once_and_its_end_too(watchdog, heartbeat):
+async def test_a_hang_is_told_once_and_its_end_too(watchdog, heartbeat, log_lines):
     """Beginning and end are told and logged; further looks add nothing."""
-    with capture_logs() as lines:
-        with heartbeat.during("pass", "part", ["r-1", "r-2"]):
-            for _ in range(4):
-                await look(watchdog, 3000)
-            assert "the device thread hangs in a pass of part" == watchdog.stall
-        await look(watchdog, 1)
+    with heartbeat.during("pass", "part", ["r-1", "r-2"]):
+        for _ in range(4):
+            await look(watchdog, 3000)
+        assert "the device thread hangs in a pass of part" == watchdog.stall
+    await look(watchdog, 1)
 
     assert "" == watchdog.stall
     assert ["the device thread hangs in a pass of part", ""] == watchdog.told
-    stalled, goes_on = lines
+    stalled, goes_on = log_lines
     assert ("device stalled", "pass", "part", ["r-1", "r-2"]) == tuple(
         stalled[key] for key in ("event", "at", "model", "request_ids")
     )
@@ -80,17 +78,16 @@ async def test_what_may_take_long_does_not_hang(watchdog, heartbeat):
     assert "" == watchdog.stall
 
 
-async def test_a_loop_that_does_not_answer_hangs(watchdog):
+async def test_a_loop_that_does_not_answer_hangs(watchdog, log_lines):
     """The question is asked once and stays open; the answer ends the hang."""
-    with capture_logs() as lines:
-        for _ in range(4):
-            watchdog._look(3000)
-        assert "the event loop does not answer" == watchdog.stall
-        await asyncio.sleep(0)
-        await look(watchdog, 1)
+    for _ in range(4):
+        watchdog._look(3000)
+    assert "the event loop does not answer" == watchdog.stall
+    await asyncio.sleep(0)
+    await look(watchdog, 1)
 
     assert "" == watchdog.stall
-    assert ["event loop stalled", "event loop goes on"] == [line["event"] for line in lines]
+    assert ["event loop stalled", "event loop goes on"] == [line["event"] for line in log_lines]
 
 
 async def test_both_can_hang(watchdog, heartbeat):
