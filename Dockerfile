@@ -22,7 +22,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user
 # Dependencies first: this layer is the large one, and it outlives changes to the source.
 WORKDIR /source
 COPY pyproject.toml ./
-RUN uv pip install --no-cache ${TORCH_BACKEND:+--torch-backend "${TORCH_BACKEND}"} --requirements pyproject.toml --extra server
+RUN uv pip install --no-cache ${TORCH_BACKEND:+--torch-backend "${TORCH_BACKEND}"} --requirements pyproject.toml --extra server --extra tracing
 
 COPY LICENSE README.md ./
 COPY protos protos

@@ -6,12 +6,17 @@ import contextvars
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
+from typing import TypeVar
 
 import structlog
 
 from camserve.server.metrics import Metrics
+from camserve.server.tracing import UNTRACED, RequestTrace
 
 __all__ = ["AccessRecord", "current_record", "open_record"]
+
+_T = TypeVar("_T")
 
 _log = structlog.get_logger("camserve.access")
 _current: contextvars.ContextVar[AccessRecord] = contextvars.ContextVar("camserve_access_record")
@@ -29,11 +34,13 @@ class AccessRecord:
         deadline: monotonic seconds after which nobody waits for the call, infinity if unknown.
         model: name of the model, only once it is known to exist, so that label values stay bounded.
         version: likewise.
+        lane: how urgent the caller said it is.
         specs: number of explanations asked for.
         batch_rows: rows of the pass.
         code: gRPC status name.
         reason: of the error, or empty.
         message: of the error, or empty.
+        trace: where the call is traced.
     """
 
     rpc: str
@@ -43,34 +50,47 @@ class AccessRecord:
     deadline: float = math.inf
     model: str = ""
     version: str = ""
+    lane: str = ""
     specs: int = 0
     batch_rows: int = 0
     rules: int = 0
     code: str = "OK"
     reason: str = ""
     message: str = ""
+    trace: RequestTrace = UNTRACED
 
     def close(self, metrics: Metrics) -> None:
-        """Writes the line and counts the call."""
+        """Writes the line, counts the call and ends its span."""
+        known: dict[str, str | int] = {
+            "request_id": self.request_id,
+            "model": self.model,
+            "version": self.version,
+            "lane": self.lane,
+            "specs": self.specs,
+            "batch_rows": self.batch_rows,
+            "rules": self.rules,
+        }
+        self.trace.end(code=self.code, reason=self.reason, message=self.message, facts=_told(known))
         if self.rpc.endswith("/Explain"):
             metrics.requests.labels(self.model, self.version, self.code).inc()
-        fields = {
+        fields: dict[str, str | float] = {
             "rpc": self.rpc,
             "code": self.code,
             "seconds": round(time.monotonic() - self.started_at, 6),
             "peer": self.peer,
-            "request_id": self.request_id,
-            "model": self.model,
-            "version": self.version,
-            "specs": self.specs,
-            "batch_rows": self.batch_rows,
-            "rules": self.rules,
+            "trace_id": self.trace.trace_id,
+            **known,
             "reason": self.reason,
             "error": self.message,
         }
         # Probes ask every few seconds; at the level of ordinary calls they would bury them.
         write = _log.info if self.rpc.startswith("/camserve.") else _log.debug
-        write("call", **{name: value for name, value in fields.items() if value not in ("", 0)})
+        write("call", **_told(fields))
+
+
+def _told(fields: Mapping[str, _T]) -> dict[str, _T]:
+    """What is known: a line says only what happened."""
+    return {name: value for name, value in fields.items() if value not in ("", 0)}
 
 
 def open_record(record: AccessRecord) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -39,6 +40,7 @@ from camserve.server.queue import DeviceQueue
 from camserve.server.runner import Runner
 from camserve.server.service import ExplanationServicer, ModelServicer
 from camserve.server.settings import Settings
+from camserve.server.tracing import tracer_of
 from camserve.server.watchdog import Watchdog
 from camserve.v1 import explanation_service_pb2_grpc, model_service_pb2_grpc
 
@@ -77,7 +79,8 @@ class App:
         self._sources = list(sources)
         self._health = Health()
         self._heartbeat = Heartbeat()
-        self._runner = Runner(self.metrics, settings.torch_threads, self._heartbeat)
+        self._tracer = tracer_of(os.environ)
+        self._runner = Runner(self.metrics, settings.torch_threads, self._heartbeat, self._tracer)
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
@@ -127,7 +130,7 @@ class App:
             metrics=metrics,
         )
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, write_seconds=settings.write_seconds)],
+            interceptors=[CallInterceptor(metrics, write_seconds=settings.write_seconds, tracer=self._tracer)],
             options=[
                 ("grpc.max_receive_message_length", settings.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -232,6 +235,7 @@ class App:
         is_idle = await self._runner.close(self.settings.drain_seconds) and self.lifecycle.is_idle
         self._workers.shutdown(wait=is_idle, cancel_futures=True)
         await self._closing.aclose()
+        await asyncio.to_thread(self._tracer.close)
         _log.info("stopped", is_idle=is_idle)
         return is_idle
 

@@ -1,4 +1,4 @@
-"""Around every call: one access record, one log line, and the only place where an error becomes a gRPC status.
+"""Around every call: one access record, one log line, one span, and the only place where an error becomes a gRPC status.
 
 Covers unary and streaming answers alike; `app.py` gives it to the server. Cancellation passes through untouched: a handler that
 swallows it leaks a stream in grpc.aio.
@@ -22,6 +22,7 @@ from google.rpc import status_pb2
 from camserve.server.access import AccessRecord, open_record
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
+from camserve.server.tracing import UNTRACED, Tracer
 from camserve.server.wire.answers import status_of
 
 __all__ = ["CallInterceptor"]
@@ -42,9 +43,10 @@ _LONGEST_TEXTS = (1500, 600, 200, 60)
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
     """Records, logs and translates."""
 
-    def __init__(self, metrics: Metrics, *, write_seconds: float) -> None:
+    def __init__(self, metrics: Metrics, *, write_seconds: float, tracer: Tracer = UNTRACED) -> None:
         self._metrics = metrics
         self._write_seconds = write_seconds
+        self._tracer = tracer
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Wraps the handler of a call that has one; health and reflection are wrapped too, so that they are logged."""
@@ -81,8 +83,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _around(
         self, rpc: str, answer: Callable[[bytes, AccessRecord, Any], Awaitable[_T]]
     ) -> Callable[..., Awaitable[_T]]:
+        # Probes ask every few seconds; nobody wants a trace of each.
+        tracer = self._tracer if rpc.startswith("/camserve.") else UNTRACED
+
         async def call(message: bytes, context: Any) -> _T:
-            record = AccessRecord(rpc=rpc, peer=context.peer())
+            trace = tracer.request(rpc, context.invocation_metadata() or ())
+            record = AccessRecord(rpc=rpc, peer=context.peer(), trace=trace)
             open_record(record)
             try:
                 given = answer(message, record, context)

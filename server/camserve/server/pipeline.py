@@ -28,11 +28,15 @@ from camserve.server.prediction import predict
 from camserve.server.queue import DeviceQueue
 from camserve.server.replies import Outcome, Reply, RowForwarded
 from camserve.server.rules import Standing
+from camserve.server.tracing import UNTRACED, RequestTrace
 from camserve.server.validate import most_maps
 
 __all__ = ["Pipeline", "encoded"]
 
 _T = TypeVar("_T")
+
+# Stages that do something; of those that only wait, others tell more.
+_WORK = frozenset({"decode", "encode"})
 
 
 class Pipeline:
@@ -53,13 +57,15 @@ class Pipeline:
         self._decode_limits = decode_limits
         self._metrics = metrics
 
-    async def explain(self, job: jobs.Job, model: ServedModel) -> AsyncGenerator[jobs.Event, None]:
+    async def explain(
+        self, job: jobs.Job, model: ServedModel, trace: RequestTrace = UNTRACED
+    ) -> AsyncGenerator[jobs.Event, None]:
         """Yields the prediction, then each heatmap or failed spec, then the summary.
 
         Raises:
             CamserveError: the request as a whole cannot be answered.
         """
-        clock = _Clock(job, self._metrics)
+        clock = _Clock(job, self._metrics, trace)
         demand = demand_of(job, model)
         with self._door.enter(_held_bytes(job, model, self._decode_limits), demand), model.guests.enter():
             with clock.stage("decode"), self._queue.announced(demand):
@@ -67,7 +73,7 @@ class Pipeline:
                 job, sample = work() if is_quickly_taken_in(job) else await self._in_worker(work, job.deadline)
             self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
             reply = Reply(job.deadline)
-            entry = self._queue.put(demand, job, sample, reply, time.monotonic())
+            entry = self._queue.put(demand, job, sample, reply, time.monotonic(), trace)
             try:
                 async for event in self._answers(job, model, sample, reply, entry.waiting.enqueued_at, clock):
                     yield event
@@ -85,6 +91,7 @@ class Pipeline:
                 Reason.INTERNAL, f"this is a bug: {type(forwarded).__name__} came before the prediction"
             )
         queue_seconds = forwarded.started_at - enqueued_at
+        clock.was_at("queue", enqueued_at, forwarded.started_at)
         self._metrics.queue_seconds.labels(job.model).observe(queue_seconds)
         self._metrics.first_message_seconds.labels(job.model).observe(time.monotonic() - job.received_at)
         yield predict(forwarded.reading, model.card, job.top_k, sample.geometry)
@@ -100,7 +107,7 @@ class Pipeline:
             match outcome:
                 case jobs.RawMap() | jobs.SpecFailed():
                     if answer.is_new(outcome):
-                        with clock.stage("encode"):
+                        with clock.stage("encode", spec=outcome.spec_index):
                             event = await self._made(outcome, job, model, sample)
                         answer.note(outcome, event)
                         yield self._counted(answer.standing.told(event), job)
@@ -219,34 +226,45 @@ def encoded(raw: jobs.RawMap, job: jobs.Job, card: ModelCard, sample: jobs.Sampl
 
 
 class _Clock:
-    """Tells at which stage a request ended early: one whose caller left, and one whose deadline passed."""
+    """Tells a request's stages to its trace, and at which one it ended early: its caller left, or its deadline passed."""
 
-    def __init__(self, job: jobs.Job, metrics: Metrics) -> None:
+    def __init__(self, job: jobs.Job, metrics: Metrics, trace: RequestTrace) -> None:
         self._received_at = job.received_at
         self._metrics = metrics
+        self._trace = trace
         self._stage = ""
+        self._began_at = 0.0
+        self._facts: dict[str, int] = {}
 
-    def stage(self, name: str) -> Self:
+    def stage(self, name: str, **facts: int) -> Self:
         """Counts a cancellation or an expiry inside the `with` block under this stage's name.
 
         Raises:
             DeadlineExceeded: in place of the TimeoutError of whatever was awaited.
         """
-        self._stage = name
+        self._stage, self._facts, self._began_at = name, facts, time.monotonic()
         return self
+
+    def was_at(self, name: str, began_at: float, ended_at: float) -> None:
+        """A stage that is only known when it is over."""
+        self._trace.stage(name, began_at, ended_at)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, asyncio.CancelledError | TimeoutError):
-            return
-        self._metrics.cancelled.labels(self._stage).inc()
+        overdue = None
         if isinstance(error, TimeoutError):
-            raise DeadlineExceeded(
+            overdue = DeadlineExceeded(
                 Reason.DEADLINE_EXCEEDED,
                 f"the deadline passed {time.monotonic() - self._received_at:.3f} s after arrival; give it longer or send less",
-            ) from error
+            )
+        if error is not None or self._stage in _WORK:
+            self._trace.stage(self._stage, self._began_at, time.monotonic(), overdue or error, **self._facts)
+        if isinstance(error, asyncio.CancelledError | TimeoutError):
+            self._metrics.cancelled.labels(self._stage).inc()
+        if overdue is not None:
+            raise overdue from error
 
 
 def _held_bytes(job: jobs.Job, model: ServedModel, limits: DecodeLimits) -> int:

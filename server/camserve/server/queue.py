@@ -35,6 +35,7 @@ from camserve.server.scheduling import (
     decide,
 )
 from camserve.server.scheduling.work import PATIENCE_SECONDS
+from camserve.server.tracing import UNTRACED, RequestTrace
 
 __all__ = ["DeviceQueue", "Entry", "Turn"]
 
@@ -50,6 +51,7 @@ class Entry:
         reply: where outcomes go.
         demand: what it asks of the device.
         waiting: as the planner saw it.
+        trace: where its passes are told.
     """
 
     job: Job
@@ -58,6 +60,7 @@ class Entry:
     reply: Reply
     demand: Demand
     waiting: Candidate
+    trace: RequestTrace = UNTRACED
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +166,15 @@ class DeviceQueue:
                 self._arriving[key] -= 1
             self._changed.set()
 
-    def put(self, demand: Demand, job: Job, sample: Sample, reply: Reply, now: float) -> Entry:
+    def put(
+        self,
+        demand: Demand,
+        job: Job,
+        sample: Sample,
+        reply: Reply,
+        now: float,
+        trace: RequestTrace = UNTRACED,
+    ) -> Entry:
         """Adds a decoded request.
 
         Args:
@@ -172,6 +183,7 @@ class DeviceQueue:
             sample: its input.
             reply: where outcomes go.
             now: monotonic seconds.
+            trace: where its passes are told.
         """
         key = dataclasses.replace(
             demand.key,
@@ -190,7 +202,15 @@ class DeviceQueue:
                 enqueued_at=now,
                 deadline=demand.deadline,
             )
-            entry = Entry(job=job, model=demand.model, sample=sample, reply=reply, demand=demand, waiting=candidate)
+            entry = Entry(
+                job=job,
+                model=demand.model,
+                sample=sample,
+                reply=reply,
+                demand=demand,
+                waiting=candidate,
+                trace=trace,
+            )
             self._add(_Place(candidate, entry, dataclasses.replace(self._load(demand), key=key)))
         self._changed.set()
         return entry

@@ -32,6 +32,7 @@ from camserve.server.metrics import Metrics
 from camserve.server.queue import DeviceQueue, Entry, Turn
 from camserve.server.replies import Outcome, Reply, RowForwarded, deliver
 from camserve.server.rules import Standing
+from camserve.server.tracing import PassTrace, Tracer
 
 __all__ = ["Runner"]
 
@@ -116,9 +117,10 @@ class _Due:
 class Runner:
     """Owns the device thread. Everything that touches a program runs there."""
 
-    def __init__(self, metrics: Metrics, torch_threads: int, heartbeat: Heartbeat) -> None:
+    def __init__(self, metrics: Metrics, torch_threads: int, heartbeat: Heartbeat, tracer: Tracer) -> None:
         self._metrics = metrics
         self._heartbeat = heartbeat
+        self._tracer = tracer
         self._amplified: dict[Entry, _Amplified] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="camserve-device")
         # Both are written by the event loop and read by the device thread between two turns.
@@ -205,8 +207,7 @@ class Runner:
             started = time.perf_counter()
             due = _Due(batch)
             try:
-                with self._heartbeat.during("pass", batch.entries[0].model.card.name, _request_ids(batch.entries)):
-                    amplified = self._pass(batch, due, loop)
+                amplified = self._watched_pass(batch, due, loop)
             except BaseException as error:  # noqa: BLE001 - a served model is foreign code and may even call sys.exit
                 todo += self._after_failure(batch, error, loop)
                 continue
@@ -237,7 +238,18 @@ class Runner:
         deliver(loop, [(first.reply, failure)])
         return []
 
-    def _pass(self, ran: _Batch, due: _Due, loop: asyncio.AbstractEventLoop) -> list[_Amplified]:
+    def _watched_pass(self, batch: _Batch, due: _Due, loop: asyncio.AbstractEventLoop) -> list[_Amplified]:
+        """Runs one batch in sight of the watchdog and of whoever traces; returns the work that goes on behind it."""
+        entries = batch.entries
+        card = entries[0].model.card
+        members = [entry.trace for entry in entries]
+        with (
+            self._heartbeat.during("pass", card.name, _request_ids(entries)),
+            self._tracer.shared_pass(members, card.name, card.version) as trace,
+        ):
+            return self._pass(batch, due, loop, trace)
+
+    def _pass(self, ran: _Batch, due: _Due, loop: asyncio.AbstractEventLoop, trace: PassTrace) -> list[_Amplified]:
         """Runs one batch; returns the work that goes on behind it."""
         batch = ran.entries
         model = batch[0].model
@@ -274,11 +286,13 @@ class Runner:
                     deliver(loop, _forwarded(event, ran, started_at, facts))
                 case Mapped():
                     deliver(loop, [(batch[event.row].reply, event.result)])
+                    trace.mapped(batch[event.row].job, event.result)
                 case Amplification():
                     amplified[event.row].append(event)
                 case Closed():
                     facts = facts_of(event.explanations, event, event.backward_seconds)
                     self._observe(facts, event, card.name)
+                    trace.closed(facts, event.map_seconds, due.depth)
                     done = [entry for row, entry in enumerate(batch) if row not in amplified]
                     deliver(loop, [(entry.reply, facts) for entry in done])
                     behind = [
@@ -293,7 +307,7 @@ class Runner:
         if entry.reply.is_abandoned:
             del self._amplified[entry]
             return
-        started = time.perf_counter()
+        started, began_at = time.perf_counter(), time.monotonic()
         outcomes: Sequence[Outcome]
         is_whole = False
         try:
@@ -312,6 +326,9 @@ class Runner:
             work.close()
         seconds = time.perf_counter() - started
         amplified.spent += seconds
+        failed = next((outcome.error for outcome in outcomes if isinstance(outcome, SpecFailed)), None)
+        method = entry.job.specs[work.spec_index].method
+        entry.trace.stage("chunk", began_at, time.monotonic(), failed, spec=work.spec_index, method=method)
         if is_whole:
             queue.observe_whole(entry.demand.works[work.spec_index], amplified.spent, time.monotonic())
         if work.is_done:

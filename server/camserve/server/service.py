@@ -61,10 +61,11 @@ class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceService
             caller=context.peer(),
         )
         check_job(job, model.card, self._limits)
+        record.lane = job.lane
         if not request.skip_rules:
             job = apply_rules(job, model.card)
         record.deadline = math.inf if job.deadline is None else job.deadline
-        async with contextlib.aclosing(self._pipeline.explain(job, model)) as events:
+        async with contextlib.aclosing(self._pipeline.explain(job, model, record.trace)) as events:
             async for event in events:
                 if isinstance(event, jobs.Summary):
                     record.batch_rows = event.facts.rows
