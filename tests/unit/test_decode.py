@@ -307,6 +307,16 @@ def test_a_flipped_bit_in_a_png_is_noticed() -> None:
     assert Reason.IMAGE_UNDECODABLE == _refusal(EncodedImage(data=bytes(data))).reason
 
 
+def test_a_refusal_quotes_no_bytes_of_the_picture() -> None:
+    """Pillow would name the chunk that it stumbled over by its bytes, which are the caller's; the text goes to the log."""
+    data = _file(_ramp(), "PNG").replace(b"IDAT", b"hush")
+
+    message = _refusal(EncodedImage(data=data)).message
+
+    assert "hush" not in message
+    assert "(bad header checksum in …)" in message
+
+
 @pytest.mark.parametrize("file_format", _FORMATS)
 def test_too_many_pixels_are_refused_from_the_header(file_format: str) -> None:
     """The limit is looked at before anything is decoded, and told."""

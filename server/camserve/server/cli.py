@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -81,7 +82,7 @@ def serve(  # noqa: PLR0913 - each is a flag of its own.
         _print_config(config, flags, as_json=as_json)
         return
     # Imported here: --help should not wait for pydantic, nor a mistyped flag for torch, which takes seconds.
-    from camserve.server.logs import configure_logs  # noqa: PLC0415
+    from camserve.server.logs import configure_logs, let_go_of_stderr  # noqa: PLC0415
     from camserve.server.models.sources import demo_sources, from_flag, scan_repository  # noqa: PLC0415
     from camserve.server.settings import complaint, load_settings  # noqa: PLC0415
 
@@ -99,7 +100,15 @@ def serve(  # noqa: PLR0913 - each is a flag of its own.
     except ValueError as error:
         raise click.ClickException(complaint(error)) from error
     configure_logs(settings.log_format, settings.log_level)
-    sys.exit(asyncio.run(_serve(app)))
+    status = asyncio.run(_serve(app))
+    let_go_of_stderr()
+    sys.exit(status)
+
+
+def _tell(line: str) -> None:
+    """Says something to whoever started us; if they no longer listen, the serving goes on."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
 
 
 def _print_config(config: Path | None, flags: dict[str, Any], *, as_json: bool) -> None:
@@ -116,6 +125,8 @@ def _print_config(config: Path | None, flags: dict[str, Any], *, as_json: bool) 
 
 async def _serve(app: Any) -> int:
     """Runs until SIGTERM or SIGINT; a second signal ends the process at once. Returns the exit status."""
+    from camserve.server.logs import let_go_of_stderr  # noqa: PLC0415 - as in `serve`
+
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -129,7 +140,7 @@ async def _serve(app: Any) -> int:
     try:
         await app.start()
     except (OSError, RuntimeError) as error:
-        click.echo(f"Error: cannot listen: {error}", err=True)
+        _tell(f"Error: cannot listen: {error}")
         return 1
     loading = asyncio.create_task(app.load())
     ending = {asyncio.create_task(asked_to_stop.wait()), asyncio.create_task(app.broken.wait())}
@@ -143,13 +154,10 @@ async def _serve(app: Any) -> int:
         slots = app.repository.slots()
         ready = [slot.name for slot in slots if slot.served is not None]
         if ready:
-            click.echo(
-                f"camserve is ready on port {app.port} with {', '.join(ready)}; metrics on port {app.metrics_port}",
-                err=True,
-            )
+            _tell(f"camserve is ready on port {app.port} with {', '.join(ready)}; metrics on port {app.metrics_port}")
             await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         else:
-            click.echo("Error: no model could be loaded: " + "; ".join(f"{s.name}: {s.error}" for s in slots), err=True)
+            _tell("Error: no model could be loaded: " + "; ".join(f"{s.name}: {s.error}" for s in slots))
             status = 1
     if app.broken.is_set():
         status = 1
@@ -157,7 +165,7 @@ async def _serve(app: Any) -> int:
         waiting.cancel()
     if not await app.drain():
         # Python would wait for the device thread, which may hang in foreign code for as long as it likes.
-        sys.stderr.flush()
+        let_go_of_stderr()
         os._exit(status)
     await loading
     gc.unfreeze()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import re
 import threading
 import warnings
 from typing import Final, Literal, TypeAlias
@@ -181,8 +182,12 @@ def _sixteen_to_eight(
     return table[values.astype(np.uint16)]
 
 
+# Pillow quotes the bytes that it stumbled over; they are a caller's, and the text goes to the log.
+_QUOTED_BYTES: Final = re.compile(r"""b'(?:[^'\\]|\\.)*'|b"(?:[^"\\]|\\.)*\"""")
+
+
 def _first_line(error: Exception) -> str:
-    text = str(error).partition("\n")[0][:120]
+    text = _QUOTED_BYTES.sub("…", str(error)).partition("\n")[0][:120]
     return text or type(error).__name__
 
 

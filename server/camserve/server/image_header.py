@@ -113,7 +113,8 @@ def _read(data: bytes) -> Header:
     for pattern, name in _FOREIGN:
         if pattern.match(data):
             raise HeaderError(f"it is {name} file")
-    raise HeaderError(f"its first bytes {data[:8]!r} are of no known image format")
+    # They are not quoted: the text goes to the log, where image bytes have no place.
+    raise HeaderError("its first bytes are of no known image format")
 
 
 def _read_jpeg(data: bytes) -> Header:

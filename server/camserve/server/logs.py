@@ -1,14 +1,22 @@
-"""Configures structlog once for the process: lines for people on a terminal, JSON for machines, always on standard error."""
+"""Configures structlog once for the process: lines for people on a terminal, JSON for machines, always on standard error.
+
+Nobody waits for a line, and none is worth a request: what cannot be written, to a full disk or a pipe whose reader has gone, is
+counted and forgotten.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
 import sys
 import warnings
+from typing import TextIO, cast
 
 import structlog
 
-__all__ = ["configure_logs"]
+__all__ = ["configure_logs", "let_go_of_stderr", "lost_lines"]
 
 
 def configure_logs(log_format: str, log_level: str) -> None:
@@ -35,6 +43,60 @@ def configure_logs(log_format: str, log_level: str) -> None:
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, log_level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Lines(sys.stderr))),
         cache_logger_on_first_use=False,
     )
+
+
+def lost_lines() -> int:
+    """Lines of this process that could not be written."""
+    return _Lines.lost
+
+
+def let_go_of_stderr() -> None:
+    """To be called last: Python would write once more what others could not, and end with another status when that fails."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+class _Lines:
+    """A stream for whole lines, each written at once.
+
+    Past the buffer of standard error, which would keep what could not be written and put it before the next line.
+    """
+
+    lost = 0
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        self._raw = raw if isinstance(raw, io.RawIOBase) else None
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Adds to the line; the logger's lock is held from here to `flush`."""
+        self._line += text
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes the line."""
+        line, self._line = self._line, ""
+        try:
+            if self._raw is None:
+                self._stream.write(line)
+                self._stream.flush()
+            else:
+                _write_all(self._raw, memoryview(line.encode("utf-8", "backslashreplace")))
+        except (OSError, ValueError):  # A stream that was closed is a ValueError.
+            _Lines.lost += 1
+
+
+def _write_all(raw: io.RawIOBase, left: memoryview) -> None:
+    while left:
+        count = raw.write(left)
+        if count is None:
+            raise BlockingIOError("standard error is full, and does not wait")
+        left = left[count:]

@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from camserve.server.logs import lost_lines
 
 __all__ = ["Metrics"]
 
@@ -25,6 +29,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        registry.register(_LogFailures())
         self.build = Info("camserve_build", "Version of camserve and of torch.", registry=registry)
         self.requests = Counter(
             "camserve_requests_total",
@@ -176,3 +181,13 @@ class Metrics:
             self.model_ready,
         ):
             instrument.remove_by_labels({"model": model})
+
+
+class _LogFailures(Collector):
+    """Logs belong to the process, not to one server; read when it is scraped."""
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """One counter."""
+        yield CounterMetricFamily(
+            "camserve_log_failures", "Log lines that could not be written.", value=float(lost_lines())
+        )
