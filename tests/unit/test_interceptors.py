@@ -192,6 +192,8 @@ async def test_a_surprise_is_internal_and_tells_nothing_of_the_inside(service, s
     assert "r-1" in status.message
     assert b"1234" not in status.SerializeToString()
     assert b"Traceback" not in status.SerializeToString()
+    # The record closes just after the status has left.
+    await service.stop()
     unexpected, call = log_lines(capsys.readouterr().err)
     assert ("unexpected error", "r-1") == (unexpected["event"], unexpected["request_id"])
     assert "password 1234" in unexpected["exception"]
@@ -214,6 +216,8 @@ async def test_an_abort_passes_through_with_its_code(service, streaming, capsys)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await answers(channel, streaming=streaming)
 
+    # The record closes just after the status has left.
+    await service.stop()
     assert (grpc.StatusCode.NOT_FOUND, "unknown service") == (caught.value.code(), caught.value.details())
     assert ["NOT_FOUND"] == [line["code"] for line in log_lines(capsys.readouterr().err)]
 
