@@ -22,8 +22,9 @@ CONCURRENCY = 64
 STREAMS = 20_000
 SETTLED = 4_000
 MOST_GROWTH_BYTES = 10 << 20
-# Chunks of a thousandth of a second: amplified work takes several, and callers leave between them.
-SETTINGS = {"slice_seconds": 0.001, "log_level": "error", "torch_threads": 1}
+# Chunks of a thousandth of a second: amplified work takes several, and callers leave between them. One thread to decode, so that
+# images wait for it and callers leave then too, however many cores there are.
+SETTINGS = {"slice_seconds": 0.001, "decode_threads": 1, "log_level": "error", "torch_threads": 1}
 LEFT = ("requests_in_flight", "queue_depth", "queue_bytes", "queued_device_seconds", "hooks")
 
 
