@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from support.nets import TinyNet
@@ -78,3 +82,29 @@ def test_requests_ride_the_compiled_plan_and_get_the_same_maps(source, folder):
     assert written_at == package.stat().st_mtime_ns
     assert "compiled" == again.summary.plan
     assert [one.raw_sha256 for one in after.heatmaps] == [one.raw_sha256 for one in again.heatmaps]
+
+
+@contextlib.contextmanager
+def files_up_to(most_bytes: int) -> Iterator[None]:
+    """As on a disk that fills up: no process started here writes a larger file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_for_the_plan(source, tmp_path):
+    """Where the package cannot be written the ordinary plan goes on, the card says why, and nothing half-written is left."""
+    start = settings(max_batch_rows=2, plan_cache=tmp_path / "plans")
+    with BackgroundServer(start, [source]) as server:
+        with files_up_to(20_000):
+            server.run(server.app.compiled()).result()
+        result = explained(server, SPECS)
+        with Client(server.target) as client:
+            (note,) = (note for note in client.model("tiny").notes if "compiled" in note)
+
+    assert note.startswith("not compiled for rows 1, the ordinary plan serves: ")
+    assert [] == list((tmp_path / "plans").iterdir())
+    assert ("tapped", 2) == (result.summary.plan, len(result.heatmaps))

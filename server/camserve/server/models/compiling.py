@@ -197,7 +197,13 @@ async def _build(source: ModelSource, card: ModelCard, rows: int, path: Path, sc
 async def _adopt(served: ServedModel, plan: CompiledPlan, rows: int, path: Path, on_device: OnDevice) -> str:
     """Loads, tries and lets serve; returns why not."""
     model = served.pass_model
-    package = await asyncio.to_thread(load_package, path)
+    try:
+        package = await asyncio.to_thread(load_package, path)
+    except FAILURES:
+        # Torch writes what a full disk takes and says nothing: the next start must not find it again.
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(path.unlink)
+        raise
     batch = trial_batch(model, served.card.recipe.shape, rows)
     trial = Trial(model, served.card.default_layer, package, batch)
     await on_device(trial.check)
