@@ -83,7 +83,7 @@ docs: $(INSTALLED)
 # For this Python and platform. pip's own variables choose the index, and so the torch build: see docs/operations.md.
 wheelhouse: $(INSTALLED)
 	rm -rf build/wheelhouse
-	$(BIN)/python -m pip wheel --wheel-dir build/wheelhouse '.[server]'
+	$(BIN)/python -m pip wheel --wheel-dir build/wheelhouse '.[server,tracing]'
 	@echo "On the other machine: pip install --no-index --find-links build/wheelhouse 'camserve[server]'"
 
 train: $(INSTALLED)
