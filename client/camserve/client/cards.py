@@ -185,6 +185,7 @@ class ModelCard:
         extra_inputs: what a request must send besides the first input.
         plan: how it is run.
         rules: when it is explained without anybody asking.
+        memory_bytes: of parameters and buffers, in every form that is held.
     """
 
     name: str
@@ -212,6 +213,7 @@ class ModelCard:
     extra_inputs: tuple[ExtraInputInfo, ...]
     plan: ModelPlan
     rules: tuple[RuleInfo, ...] = ()
+    memory_bytes: int = 0
 
 
 def status_from_proto(message: model_service_pb2.ModelStatus) -> ModelStatus:
@@ -267,6 +269,7 @@ def card_from_proto(message: model_service_pb2.ModelCard) -> ModelCard:
         rows_independent=message.rows_independent,
         warm_up_seconds=seconds(message.warm_up),
         notes=tuple(message.notes),
+        memory_bytes=message.memory_bytes,
         output_kind=words.OUTPUT_KINDS.word(message.output_kind),
         stages=tuple(message.stages),
         phrases=tuple(message.phrases),

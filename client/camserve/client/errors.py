@@ -133,8 +133,8 @@ class Overloaded(CamserveError):
 
     @property
     def is_temporary(self) -> bool:
-        """Whether the same request may succeed later: not if this one row is too much for the device's memory."""
-        return self.reason != "OUT_OF_MEMORY"
+        """Whether the same request may succeed later: not if this row, or this model, is too much for the device's memory."""
+        return self.reason not in {"OUT_OF_MEMORY", "MODEL_MEMORY_EXHAUSTED"}
 
 
 class Unavailable(CamserveError):

@@ -61,6 +61,7 @@ def show_card(card: ModelCard) -> None:
         ("model sha256", card.model_sha256),
         ("of its weights", card.weights_sha256),
         ("of its code", card.code_sha256),
+        *([("memory", f"{card.memory_bytes / 2**20:.1f} MiB")] if card.memory_bytes else []),
         ("warm-up", f"{card.warm_up_seconds:.2f} s"),
         *(("rule", _rule(rule)) for rule in card.rules),
         *(("note", note) for note in card.notes),

@@ -30,6 +30,7 @@ from camserve.server.interceptors import CallInterceptor
 from camserve.server.jobs import Lane
 from camserve.server.loading import load_served, request_limits
 from camserve.server.metrics import Metrics
+from camserve.server.models.budget import Budget
 from camserve.server.models.compiling_queue import CompilingQueue
 from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.repository import Repository, ServedModel
@@ -113,6 +114,7 @@ class App:
                 queue=queue,
                 compiling=self._compiling,
             ),
+            budget=Budget(max_bytes=settings.max_model_bytes, may_unload=settings.unload_idle_models),
         )
         metrics.queue_bytes.set_function(lambda: self._door.held_bytes)
         for lane in Lane:

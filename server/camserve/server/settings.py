@@ -49,6 +49,15 @@ class Settings(BaseSettings):
     watch_repository: bool = Field(
         default=False, description="Whether changes in the repository's folder are followed without being asked."
     )
+    max_model_bytes: int = Field(
+        0,
+        ge=0,
+        description="Most bytes of parameters and buffers of all models together on the device; 0 for no limit.",
+    )
+    unload_idle_models: bool = Field(
+        default=False,
+        description="Whether models that were not used for longest go for another one, where max_model_bytes leaves no room.",
+    )
     plan_cache: Path | None = Field(
         Path("~/.cache/camserve/plans"),
         description="Folder of compiled plans, run as code: nobody else may write to it. Empty compiles at every start.",

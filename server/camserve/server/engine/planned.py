@@ -96,6 +96,10 @@ class PlannedProgram:
             return FUSED
         return REWRITTEN if all(self.rewritten.keeps(tap) for tap in asked if tap != INPUT) else ORIGINAL
 
+    def fused_tensors(self) -> Sequence[Tensor]:
+        """Weights that the fused form holds besides; they may be laid out as only its library knows."""
+        return getattr(self._fused, "constants", ())
+
     @property
     def kind(self) -> ProgramKind:
         """The file's kind."""

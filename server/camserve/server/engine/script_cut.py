@@ -51,11 +51,15 @@ class ScriptCut:
         host: runs functions of the program that was cut.
         tap: where.
         halves: the two graphs and what they write.
+
+    Attributes:
+        constants: weights in the front's graph, which a fused one has of its own.
     """
 
     def __init__(self, host: Host, tap: TapName, halves: CutGraphs) -> None:
         self._host = host
         self._tap = tap
+        self.constants = tuple(graphs.constant_tensors(halves.front).values())
         self._front = graphs.compiled("front", halves.front)
         self._tail = graphs.compiled("tail", halves.tail)
         self._written = halves.written

@@ -129,6 +129,7 @@ class ModelCard:
         extra_inputs: what a request must send besides the first input, in the model's order.
         plan: how it is run.
         rules: when to explain without being asked.
+        memory_bytes: of parameters and buffers, in every form held.
     """
 
     name: str
@@ -156,6 +157,7 @@ class ModelCard:
     extra_inputs: tuple[ExtraInput, ...] = ()
     plan: PlanCard = PlanCard()
     rules: tuple[RuleCard, ...] = ()
+    memory_bytes: int = 0
 
     def label(self, class_index: int | None) -> str:
         """The label of a class; empty when the card has none, and for what is about no class."""

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from camserve.server.engine.program import Program
 from camserve.server.engine.turns import InTurn
-from camserve.server.errors import CamserveError, NotFound, Reason, Unavailable, Unsupported
+from camserve.server.errors import CamserveError, NotFound, Overloaded, Reason, Unavailable, Unsupported
+from camserve.server.models.budget import Budget, Holder
 from camserve.server.models.loading import LoadingThread, OnDevice
 from camserve.server.models.memory import give_back
 from camserve.server.models.repository import ModelState, Repository, ServedModel
@@ -84,6 +85,7 @@ class Lifecycle:
         load: loads one source, in the given thread; its second argument runs pieces of that on the device.
         on_device: runs a piece on the device thread.
         witness: is told.
+        budget: of the device's memory.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Lifecycle:
         load: Callable[[ModelSource, InTurn], ServedModel],
         on_device: OnDevice,
         witness: Witness,
+        budget: Budget,
     ) -> None:
         self._repository = repository
         self._first = list(sources)
@@ -105,6 +108,7 @@ class Lifecycle:
         self._load_source = load
         self._on_device = on_device
         self._witness = witness
+        self._budget = budget
         self._thread = LoadingThread()
         self._numbers = itertools.count(1)
         self._files: dict[tuple[str, str], Hashable] = {}
@@ -137,6 +141,7 @@ class Lifecycle:
         Raises:
             NotFound: the repository has no such model or version.
             Unsupported: it could not be loaded, and what served before serves on; or there is no repository.
+            Overloaded: models may take no more memory.
             Unavailable: the server is shutting down.
         """
         self._check_open()
@@ -206,7 +211,7 @@ class Lifecycle:
                 continue
             try:
                 await self._loaded(folder.sources[version])
-            except Unsupported:
+            except (Unsupported, Overloaded):
                 has_all = False
         if has_all:
             self._repository.set_labels(name, folder.labels)
@@ -348,12 +353,35 @@ class Lifecycle:
             raise _load_failed(source, error, before) from error
         served = dataclasses.replace(loaded, load_number=next(self._numbers))
         del loaded
+        try:
+            leaving = self._budget.leaving(self._holders(), *key, served.card.memory_bytes)
+        except Overloaded as error:
+            self._repository.set_failed(source, error.message)
+            await self._witness.failed(source, error)
+            raise
         self._files[key] = files
         self._repository.set_ready(served)
         await self._witness.ready(source, served)
         if before is not None:
             self._keep(self._let_go([before]))
+        for holder in leaving:
+            if (holder.name, holder.version) != key:
+                self._keep(self._unloaded(holder.name, holder.version))
         return served
+
+    def _holders(self) -> list[Holder]:
+        """Who is in memory and answers."""
+        return [
+            Holder(
+                name=slot.name,
+                version=slot.version,
+                memory_bytes=slot.served.card.memory_bytes,
+                last_seen=slot.served.guests.last_seen,
+                inside=slot.served.guests.inside,
+            )
+            for slot in self._repository.slots()
+            if slot.served is not None
+        ]
 
     async def _unload(self, name: str, version: str) -> None:
         served = self._repository.set_leaving(name, version)

@@ -20,6 +20,7 @@ from camserve.server.engine.batches import make_batch
 from camserve.server.engine.compiled import CompiledPlan
 from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
+from camserve.server.engine.holdings import held_bytes
 from camserve.server.engine.layout import LayoutKind
 from camserve.server.engine.look import FAILURES, message_of
 from camserve.server.engine.pace import ALL_THREADS, use_threads
@@ -159,6 +160,7 @@ def load_model(  # noqa: PLR0913 - each is a limit of its own.
         extra_inputs=tuple(
             ExtraInput(name=name, shape=extra.shape, dtype=extra.dtype) for name, extra in config.input.extra.items()
         ),
+        memory_bytes=held_bytes(pass_model.program),
         plan=PlanCard(
             form=plan.name,
             speedup=plan.speedup,

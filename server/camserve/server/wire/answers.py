@@ -67,6 +67,7 @@ _CODES: Mapping[errors.Reason, Any] = MappingProxyType(
         errors.Reason.MODEL_LOAD_FAILED: code_pb2.FAILED_PRECONDITION,
         errors.Reason.REPOSITORY_MISSING: code_pb2.FAILED_PRECONDITION,
         errors.Reason.RULE_FAILED: code_pb2.INTERNAL,
+        errors.Reason.MODEL_MEMORY_EXHAUSTED: code_pb2.RESOURCE_EXHAUSTED,
     }
 )
 
@@ -151,6 +152,7 @@ def card_message(card: ModelCard) -> model_service_pb2.ModelCard:
         rows_independent=card.rows_independent,
         warm_up=_duration(card.warm_up_seconds),
         notes=card.notes,
+        memory_bytes=card.memory_bytes,
         output_kind=_OUTPUT_KINDS[card.output_kind],
         stages=card.stages,
         phrases=card.phrases,
