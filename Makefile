@@ -6,7 +6,7 @@
 #   make bench   the benchmarks          make bench-peers   only the one beside other servers
 #   make soak    two hours of mixed load, or SOAK_SECONDS, and whether the server is afterwards what it was
 #   make docs    docs/methods.md and docs/pictures, written from the code
-#   make wheelhouse   camserve[server] and all it needs as wheels in build/wheelhouse, for machines without internet
+#   make wheelhouse   camserve[server,tracing] and all it needs as wheels in build/wheelhouse, for machines without internet
 # TORCH_BACKEND=cpu (or cu128, auto …) picks the torch build, for machines without a GPU.
 
 PYTHON ?= python3

@@ -136,7 +136,7 @@ def test_the_wheelhouse_is_complete():
     told = run("make", "--dry-run", "wheelhouse", cwd=ROOT).stdout.splitlines()
 
     (command,) = [line.split(None, 1)[1] for line in told if " -m pip wheel " in line]
-    assert "-m pip wheel --wheel-dir build/wheelhouse '.[server]'" == command
+    assert "-m pip wheel --wheel-dir build/wheelhouse '.[server,tracing]'" == command
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     assert "pip install --no-index --find-links build/wheelhouse 'camserve[server]'" in page
     assert any("pip install --no-index --find-links build/wheelhouse 'camserve[server]'" in line for line in told)
