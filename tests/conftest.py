@@ -11,6 +11,7 @@ from pathlib import Path
 # they compute; benchmarks say otherwise in the environment.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import structlog
 from support.servers import settings
@@ -18,6 +19,10 @@ from support.servers import settings
 from camserve.client import Client
 from camserve.server.background import BackgroundServer
 from camserve.server.models.sources import ModelSource, demo_sources
+
+# An example takes as long as a busy machine lets it. What CI finds, it finds in every run of that commit.
+hypothesis.settings.register_profile("camserve", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("camserve")
 
 # Programs that some tests need, by marker, and what to do on machines without them.
 _NEEDS = {

@@ -29,7 +29,8 @@ def server(tmp_path_factory):
     GATE.opened.set()
     tiny = script_source("tiny", TinyNet(), folder)
     double = script_source("double", TinyNet(), folder, precision="float64")
-    config = settings(batch_window_seconds=0.2, max_batch_rows=MAX_BATCH)
+    # What a pass was seen to take while others had the machine must not make passes smaller.
+    config = settings(batch_window_seconds=0.2, max_batch_rows=MAX_BATCH, max_pass_seconds=60)
     with BackgroundServer(config, [*demo_sources(), tiny, double, gated_source()]) as running:
         yield running
 

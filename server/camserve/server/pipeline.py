@@ -263,8 +263,12 @@ class _Clock:
             self._trace.stage(self._stage, self._began_at, time.monotonic(), overdue or error, **self._facts)
         if isinstance(error, asyncio.CancelledError | TimeoutError):
             self._metrics.cancelled.labels(self._stage).inc()
-        if overdue is not None:
-            raise overdue from error
+        try:
+            if overdue is not None:
+                raise overdue from error
+        finally:
+            # An error that its own frame holds keeps it, and with it the request, until somebody collects garbage.
+            del overdue
 
 
 def _held_bytes(job: jobs.Job, model: ServedModel, limits: DecodeLimits) -> int:

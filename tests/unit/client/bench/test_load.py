@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import statistics
 import threading
 from collections.abc import Iterator
 
@@ -97,9 +98,9 @@ async def test_latency_counts_from_when_a_request_was_due(peer: Peer, mix: Mix) 
     latencies = [record.latency for record in by_arrival]
     figures = figures_of(step)
     assert {"OK"} == {record.code for record in step.records}
-    # 40 answers of 0.02 s each, due within 0.2 s: the last waits for nearly all of them.
-    assert latencies[-1] > 0.4
-    assert latencies[-1] > 4 * latencies[0]
+    # 40 answers of 0.02 s each, due within 0.2 s: who is answered last waits for nearly all of them.
+    assert max(latencies) > 0.4
+    assert statistics.median(latencies[-10:]) > 2 * statistics.median(latencies[:10])
     assert figures.is_growing
     assert figures.requests_per_second < 60
 
