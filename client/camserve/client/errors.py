@@ -203,6 +203,11 @@ def from_rpc_error(error: grpc.RpcError) -> CamserveError:
             return from_status(status)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in text:
         return InvalidRequest("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", f"{text}; send a smaller image")
+    if code is grpc.StatusCode.CANCELLED:
+        # Not by us: our own calls end as `closed`. gRPC says so for a server that stopped before it took the call.
+        return Unavailable(
+            "UNAVAILABLE", "", f"the call was ended before it was answered: {text or 'no reason was given'}"
+        )
     return _CLASSES.get(code.name, Internal)(code.name, "", text)
 
 

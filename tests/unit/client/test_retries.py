@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
+import grpc
 import pytest
 
 from camserve.client import AsyncClient, Cancelled, Client, InvalidRequest, Overloaded, Unavailable, errors
@@ -64,6 +68,24 @@ async def test_the_async_client_tries_again_likewise(peer: Peer, async_client: A
     async with async_client:
         assert "scratch" == (await async_client.explain(png, model="surface")).prediction.label
     assert 3 == len(peer.requests)
+
+
+async def test_a_call_that_the_server_ends_untaken_is_tried_again(
+    peer: Peer, client: Client, async_client: AsyncClient, png: bytes
+) -> None:
+    """A server that stops ends calls that it has not taken with a bare CANCELLED; a caller who did not cancel finds another."""
+
+    def ends_the_first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        if len(peer.requests) in {1, 3}:
+            context.abort(grpc.StatusCode.CANCELLED, "")
+        yield from peer.full_answer(request, context)
+
+    peer.answer = ends_the_first
+
+    assert "scratch" == (await asyncio.to_thread(client.explain, png, model="surface")).prediction.label
+    async with async_client:
+        assert "scratch" == (await async_client.explain(png, model="surface")).prediction.label
+    assert 4 == len(peer.requests)
 
 
 def test_unary_calls_are_tried_again(peer: Peer, client: Client) -> None:
