@@ -6,8 +6,12 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What log lines and reports are stamped with is read by people. Nothing else is told the time of day.
-STAMPS = {"server/camserve/server/logs.py", "client/camserve/client/bench/command.py"}
+# What log lines, spans and reports are stamped with is read by people. Nothing else is told the time of day.
+STAMPS = {
+    "server/camserve/server/logs.py",
+    "server/camserve/server/spans.py",
+    "client/camserve/client/bench/command.py",
+}
 WALL = {
     "time": {"time", "time_ns", "localtime", "gmtime", "ctime", "strftime", "clock_gettime"},
     "datetime": {"now", "utcnow", "today", "fromtimestamp"},

@@ -27,9 +27,11 @@ SETTINGS = {"max_held_bytes": 1 << 20, "slice_seconds": 0.001, "torch_threads": 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Two models that work and one that cannot be loaded."""
+    """Two models that work, one of them with a rule whose sample leaves everybody out, and one that cannot be loaded."""
     folder = tmp_path_factory.mktemp("scraped")
     repository = write_repository(folder / "models")
+    with (repository / MODELS[0] / "model.toml").open("a", encoding="utf-8") as card:
+        card.write('\n[[explain]]\nname = "audit"\nsample = 0.0\nmethod = "grad-cam"\n')
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.pt").write_bytes(b"no archive")
     with served_folder(repository, folder / "log", **SETTINGS) as server:

@@ -693,10 +693,12 @@ def test_a_card_arrives_whole():
             phrases=("a crane",),
             extra_inputs=(ExtraInput(name="mask", shape=(1, 32, 32), dtype="float32"),),
             plan=PlanCard(form="folded", speedup=1.5, deviation=1e-6, threads=2, chunk_rows=4),
+            memory_bytes=4096,
         )
     )
 
     is_filled(message)
+    assert 4096 == message.memory_bytes
     assert ("tiny", "1", list(LABELS), 4, "body") == (
         message.name,
         message.version,
