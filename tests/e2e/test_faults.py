@@ -23,6 +23,7 @@ from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 from support.fragile import SLOW, fragile_source, slow
 from support.held import held_process
+from support.load import measuring
 from support.nets import FailsOnBrightRows, TinyNet
 from support.servers import Metrics, script_source, until
 from support.vanishing import VanishingProxy
@@ -41,17 +42,6 @@ def png(side: int) -> bytes:
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "PNG")
     return file.getvalue()
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection in a `with` block: what is gone within it was let go of."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def is_refused(client: Client) -> None:
@@ -96,7 +86,8 @@ def test_nothing_of_a_request_is_kept(serve: Callable[..., BackgroundServer], tm
     """However a request ends, its picture is not kept until somebody collects garbage: a server is asked thousands a second."""
     server = serve(script_source("moody", FailsOnBrightRows(), tmp_path))
     metrics = Metrics(server)
-    with Client(server.target, retries=0) as client, uncollected():
+    # With the collector at rest: what is gone was let go of.
+    with Client(server.target, retries=0) as client, measuring():
         # What other tests of this process hold on to says nothing here.
         before = {id(job): job for job in jobs_in_memory()}
         ends(client)

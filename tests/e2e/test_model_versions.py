@@ -282,7 +282,7 @@ def test_many_who_ask_for_the_same_version_wait_for_one_load(start, tmp_path):
     async def run():
         async with AsyncClient(server.target) as asking:
             calls = [asyncio.create_task(asking.load_model("part", "2")) for _ in range(4)]
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # No time passes: each begins its call.
             calls[0].cancel()
             return await asyncio.gather(*calls, return_exceptions=True)
 

@@ -107,7 +107,7 @@ def test_sigterm_while_models_come_and_go(server, tmp_path, moment):
             work = client.load_model("part") if moment == "loading" else client.unload_model("part")
             working = asyncio.create_task(work)
             while (await client.models())[-1].state != moment and not working.done():  # noqa: ASYNC110 - asks a process
-                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # No time passes: the calls go on.
             server.ask_to_end()
             return await asyncio.gather(*calls, return_exceptions=True), await asyncio.gather(
                 working, return_exceptions=True

@@ -27,7 +27,6 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
-        return id(
-            tensor
-        ), tensor.numel() * tensor.element_size()  # oneDNN's own layout has no storage that could be seen.
+        # A tensor in oneDNN's own layout has no storage that could be seen; nothing shares it, and its values are what it takes.
+        return id(tensor), tensor.numel() * tensor.element_size()
     return storage.data_ptr(), storage.nbytes()

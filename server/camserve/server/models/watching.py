@@ -20,7 +20,7 @@ __all__ = ["watch"]
 _log = structlog.get_logger("camserve.models")
 
 _SETTLED_SECONDS = 1.0
-# A folder on a network that went away may come back.
+# A folder on a network that went away may come back, and nobody tells when.
 _AGAIN_SECONDS = 10.0
 
 
