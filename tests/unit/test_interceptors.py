@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -15,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from support.cards import card
 
 from camserve.server.access import current_record
+from camserve.server.callers import current_caller
 from camserve.server.errors import (
     CamserveError,
     ExecutionFailed,
@@ -44,19 +46,24 @@ DETAILS = {
 
 
 class Service:
-    """A server with one unary and one streaming method, both doing what the test says."""
+    """A server with one unary and one streaming method, both doing what the test says, and those that take streams."""
 
     def __init__(self) -> None:
         self.metrics = Metrics()
         self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, write_seconds=60)])
 
-    async def start(self, unary: Handler, stream: Handler) -> grpc.aio.Channel:
+    async def start(self, unary: Handler, stream: Handler, chat: Handler | None = None) -> grpc.aio.Channel:
         """Serves and connects. Logs as JSON; configured here because pytest captures a test apart from its fixtures."""
         configure_logs("json", "info")
         handlers = {
             "Unary": grpc.unary_unary_rpc_method_handler(unary),
             "Explain": grpc.unary_stream_rpc_method_handler(stream),
         }
+        if chat is not None:
+            read = explanation_service_pb2.ExplainRequest.FromString
+            is_generator = inspect.isasyncgenfunction(chat)
+            kind = grpc.stream_stream_rpc_method_handler if is_generator else grpc.stream_unary_rpc_method_handler
+            handlers["Chat"] = kind(chat, request_deserializer=read)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("camserve.v1.Test", handlers),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
@@ -357,3 +364,127 @@ async def test_concurrent_calls_have_records_of_their_own(service, capsys):
     assert [b"one", b"two"] == list(await asyncio.gather(call(b"one"), call(b"two")))
     await service.stop()
     assert {"one", "two"} == {line["request_id"] for line in log_lines(capsys.readouterr().err)}
+
+
+async def nothing(_request: bytes, _context: Any) -> bytes:
+    """A method that a test does not ask."""
+    return b""
+
+
+def named(*models: str) -> list[bytes]:
+    """Messages of a stream."""
+    return [explanation_service_pb2.ExplainRequest(model=model).SerializeToString() for model in models]
+
+
+async def chatted(channel: grpc.aio.Channel, messages: list[bytes], got: list[bytes], *, streaming: bool) -> None:
+    """Sends all messages, and collects the answers that come."""
+    if streaming:
+        async for answer in channel.stream_stream("/camserve.v1.Test/Chat")(iter(messages)):
+            got.append(answer)  # noqa: PERF401 - those before an error count
+    else:
+        got.append(await channel.stream_unary("/camserve.v1.Test/Chat")(iter(messages)))
+
+
+async def test_a_stream_of_requests_is_read_answered_and_recorded(service, capsys):
+    """Each message is read as it comes and answered on the same stream; one record tells how the call ended."""
+
+    async def chat(requests: AsyncIterator[Any], _context: Any) -> AsyncIterator[bytes]:
+        current_record().request_id = f"r-{current_caller().name}"
+        async for request in requests:
+            yield request.model.encode()
+            if request.model == "last":
+                return
+
+    channel = await service.start(nothing, nothing, chat)
+    call = channel.stream_stream("/camserve.v1.Test/Chat")()
+    for model, message in zip(("one", "two", "last"), named("one", "two", "last"), strict=True):
+        await call.write(message)
+        assert model.encode() == await call.read()
+    assert grpc.aio.EOF is await call.read()
+
+    await service.stop()
+    (line,) = log_lines(capsys.readouterr().err)
+    assert ("/camserve.v1.Test/Chat", "OK", "r-ipv4:127.0.0.1") == (line["rpc"], line["code"], line["request_id"])
+
+
+async def test_a_stream_of_requests_may_have_one_answer(service):
+    """Calls that stream in one direction only are covered as well."""
+
+    async def chat(requests: AsyncIterator[Any], _context: Any) -> bytes:
+        return b" ".join([request.model.encode() async for request in requests])
+
+    channel = await service.start(nothing, nothing, chat)
+
+    assert b"one two" == await channel.stream_unary("/camserve.v1.Test/Chat")(iter(named("one", "two")))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["one answer", "streaming"])
+async def test_a_message_within_a_stream_that_cannot_be_read_is_refused(service, capsys, streaming):
+    """INVALID_ARGUMENT with a reason, after what the messages before it were answered; gRPC itself says UNKNOWN."""
+
+    async def stream(requests: AsyncIterator[Any], _context: Any) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield request.model.encode()
+
+    async def single(requests: AsyncIterator[Any], _context: Any) -> bytes:
+        return b" ".join([request.model.encode() async for request in requests])
+
+    channel = await service.start(nothing, nothing, stream if streaming else single)
+    messages = [*named("one"), b"\xff\xff"]
+    got: list[bytes] = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await chatted(channel, messages, got, streaming=streaming)
+
+    status = status_of(caught.value)
+    assert grpc.StatusCode.INVALID_ARGUMENT.value[0] == status.code
+    assert "FIELD_INVALID" == details_of(status)["ErrorInfo"].reason
+    assert "/camserve.v1.Test/Chat" in status.message
+    assert ([b"one"] if streaming else []) == got
+    await service.stop()
+    assert ["INVALID_ARGUMENT"] == [line["code"] for line in log_lines(capsys.readouterr().err)]
+
+
+async def test_a_surprise_within_a_stream_is_internal(service, capsys):
+    """Its text stays in the log."""
+
+    async def chat(requests: AsyncIterator[Any], _context: Any) -> AsyncIterator[bytes]:
+        async for _ in requests:
+            yield b"first"
+            raise KeyError("password 1234")
+
+    channel = await service.start(nothing, nothing, chat)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await chatted(channel, named("one"), [], streaming=True)
+
+    assert grpc.StatusCode.INTERNAL is caught.value.code()
+    assert b"1234" not in status_of(caught.value).SerializeToString()
+    await service.stop()
+    assert ["unexpected error", "call"] == [line["event"] for line in log_lines(capsys.readouterr().err)]
+
+
+@pytest.mark.parametrize("waits_in", ["the next message", "its own work", "a task that reads"])
+async def test_who_leaves_a_stream_of_requests_ends_its_handler(service, capsys, waits_in):
+    """Wherever the handler is: its generator is closed at once, and the record says CANCELLED."""
+    left = asyncio.Event()
+
+    async def chat(requests: AsyncIterator[Any], _context: Any) -> AsyncIterator[bytes]:
+        try:
+            yield b"first"
+            if waits_in == "the next message":
+                async for _ in requests:
+                    pass
+            elif waits_in == "a task that reads":
+                # For gRPC the caller's messages end before its call is cancelled.
+                await asyncio.wait({asyncio.ensure_future(anext(requests, None))})
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    channel = await service.start(nothing, nothing, chat)
+    call = channel.stream_stream("/camserve.v1.Test/Chat")()
+    assert b"first" == await call.read()
+    call.cancel()
+
+    await asyncio.wait_for(left.wait(), 10)
+    await service.stop()
+    assert ["CANCELLED"] == [line["code"] for line in log_lines(capsys.readouterr().err)]

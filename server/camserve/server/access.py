@@ -29,6 +29,7 @@ class AccessRecord:
     Attributes:
         rpc: full method name.
         peer: address of the caller.
+        caller: its name; empty where it is that of an address, which `peer` tells.
         started_at: monotonic seconds.
         request_id: the caller's or ours; empty until the request was read.
         deadline: monotonic seconds after which nobody waits for the call, infinity if unknown.
@@ -45,6 +46,7 @@ class AccessRecord:
 
     rpc: str
     peer: str
+    caller: str = ""
     started_at: float = dataclasses.field(default_factory=time.monotonic)
     request_id: str = ""
     deadline: float = math.inf
@@ -78,6 +80,7 @@ class AccessRecord:
             "code": self.code,
             "seconds": round(time.monotonic() - self.started_at, 6),
             "peer": self.peer,
+            "caller": self.caller,
             "trace_id": self.trace.trace_id,
             **known,
             "reason": self.reason,

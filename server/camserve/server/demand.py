@@ -26,7 +26,7 @@ class Demand:
         model: that is to run.
         key: whom it will ride with if its input has the size that the card tells.
         depth: how far back its gradient goes.
-        caller: who shares with others: a host, however many connections it opens.
+        caller: who shares with others, by the name of its `Caller`.
         works: of each spec by its index, what tells how long amplified work takes; empty when none is amplified.
         asked_depth: the same as `depth`, of the caller's own specs alone.
         maybe: those whose amplified work may not be wanted: a rule's condition decides, once the model has spoken.
@@ -64,7 +64,7 @@ def demand_of(job: Job, model: ServedModel) -> Demand:
         model=model,
         key=key,
         depth=effort.depth,
-        caller=_host(job.caller),
+        caller=job.caller,
         works={spec.index: _work_key(key, spec) for spec in job.specs} if effort.is_amplified else {},
         asked_depth=effort_of(model.pass_model, job.asked).depth if job.rules else effort.depth,
         maybe=frozenset(
@@ -84,8 +84,3 @@ def _work_key(key: BatchKey, spec: Spec) -> WorkKey:
         key.shape,
     )
     return WorkKey(model=key.model, version=key.version, method=spec.method, layers=spec.layers, budget=budget)
-
-
-def _host(peer: str) -> str:
-    """`ipv4:10.0.0.7` of `ipv4:10.0.0.7:51234`: gRPC's name of a peer without its port."""
-    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer

@@ -1,18 +1,20 @@
 """Around every call: one access record, one log line, one span, and the only place where an error becomes a gRPC status.
 
-Covers unary and streaming answers alike; `app.py` gives it to the server. Cancellation passes through untouched: a handler that
-swallows it leaks a stream in grpc.aio.
+Covers unary and streaming calls in both directions; `app.py` gives it to the server. Cancellation passes through untouched: a
+handler that swallows it leaks a stream in grpc.aio. Handlers of streaming calls take messages from their iterator, which
+reads them; `context.read` would give bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -20,6 +22,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from camserve.server.access import AccessRecord, open_record
+from camserve.server.callers import anonymous, set_caller
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.tracing import UNTRACED, Tracer
@@ -29,6 +32,8 @@ __all__ = ["CallInterceptor"]
 
 _T = TypeVar("_T")
 _Reader: TypeAlias = Callable[[bytes], Any]
+# From what gRPC hands over, one message in bytes or a stream of them, to what a handler takes.
+_Taker: TypeAlias = Callable[[Any], Any]
 
 _log = structlog.get_logger("camserve.calls")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -51,19 +56,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Wraps the handler of a call that has one; health and reflection are wrapped too, so that they are logged."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
-        rpc, read = handler_call_details.method, handler.request_deserializer
+        rpc, read, write = handler_call_details.method, handler.request_deserializer, handler.response_serializer
         # Messages are read here and not by gRPC, which says UNKNOWN where one cannot be.
+        take = functools.partial(_Messages if handler.request_streaming else _read, read=read, rpc=rpc)
+        if handler.request_streaming and handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._streaming(rpc, take, handler.stream_stream), None, write)
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(self._unary(rpc, take, handler.stream_unary), None, write)
         if handler.response_streaming:
-            streaming = self._streaming(rpc, read, handler.unary_stream)
-            return grpc.unary_stream_rpc_method_handler(streaming, None, handler.response_serializer)
-        unary = self._unary(rpc, read, handler.unary_unary)
-        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(self._streaming(rpc, take, handler.unary_stream), None, write)
+        return grpc.unary_unary_rpc_method_handler(self._unary(rpc, take, handler.unary_unary), None, write)
 
-    def _streaming(self, rpc: str, read: _Reader | None, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
-        async def answer(message: bytes, record: AccessRecord, context: Any) -> None:
-            messages = inner(_read(message, read, rpc), context)
+    def _streaming(self, rpc: str, take: _Taker, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+        async def answer(sent: Any, record: AccessRecord, context: Any) -> None:
+            messages = inner(take(sent), context)
             if inspect.isasyncgen(messages):
                 # Closed here rather than by the garbage collector: a caller who left gives its place back at once.
                 async with contextlib.aclosing(messages):
@@ -73,26 +81,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return self._around(rpc, answer)
 
-    def _unary(self, rpc: str, read: _Reader | None, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-        async def answer(message: bytes, _record: AccessRecord, context: Any) -> Any:
-            given = inner(_read(message, read, rpc), context)
+    def _unary(self, rpc: str, take: _Taker, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        async def answer(sent: Any, _record: AccessRecord, context: Any) -> Any:
+            given = inner(take(sent), context)
             return await given if asyncio.iscoroutine(given) else given
 
         return self._around(rpc, answer)
 
     def _around(
-        self, rpc: str, answer: Callable[[bytes, AccessRecord, Any], Awaitable[_T]]
+        self, rpc: str, answer: Callable[[Any, AccessRecord, Any], Awaitable[_T]]
     ) -> Callable[..., Awaitable[_T]]:
         # Probes ask every few seconds; nobody wants a trace of each.
         tracer = self._tracer if rpc.startswith("/camserve.") else UNTRACED
 
-        async def call(message: bytes, context: Any) -> _T:
+        async def call(sent: Any, context: Any) -> _T:
             trace = tracer.request(rpc, context.invocation_metadata() or ())
             record = AccessRecord(rpc=rpc, peer=context.peer(), trace=trace)
             open_record(record)
+            set_caller(anonymous(record.peer))
             try:
-                given = answer(message, record, context)
-                del message
+                given = answer(sent, record, context)
+                del sent
                 return await _ended(given, record, context)
             finally:
                 record.close(self._metrics)
@@ -124,7 +133,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             ) from error
 
 
-def _read(message: bytes, read: _Reader | None, rpc: str) -> Any:
+class _Messages:
+    """What a caller streams, each message read as it is taken.
+
+    No generator: a handler may end while one of its tasks still waits for the next message, and a generator that runs cannot be
+    closed.
+    """
+
+    def __init__(self, sent: AsyncIterator[bytes], *, read: _Reader | None, rpc: str) -> None:
+        self._sent = sent
+        self._read = read
+        self._rpc = rpc
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _read(await anext(self._sent), read=self._read, rpc=self._rpc)
+
+
+def _read(message: bytes, *, read: _Reader | None, rpc: str) -> Any:
     if read is None:
         return message
     try:

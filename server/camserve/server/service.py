@@ -1,6 +1,6 @@
 """The servicers: read the request, hand it to the pipeline, send what comes. Nothing else happens here.
 
-Transport-neutral apart from their signatures: they use the context only for the deadline and the peer.
+Transport-neutral apart from their signatures: they use the context only for the deadline.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from camserve.server import jobs
 from camserve.server.access import current_record
+from camserve.server.callers import current_caller
 from camserve.server.errors import InvalidRequest, Reason
 from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.repository import ModelState, Repository, ServedModel, Slot
@@ -58,7 +59,7 @@ class ExplanationServicer(explanation_service_pb2_grpc.ExplanationServiceService
             request_id=record.request_id,
             received_at=received_at,
             deadline=None if remaining is None else received_at + remaining,
-            caller=context.peer(),
+            caller=current_caller().name,
         )
         check_job(job, model.card, self._limits)
         record.lane = job.lane
