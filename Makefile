@@ -4,6 +4,7 @@
 #   make check   format, lint, types, protos, import rules
 #   make serve   a server on port 50051 with the demo model
 #   make bench   the benchmarks          make bench-peers   only the one beside other servers
+#   make clients the clients of other servers, each in an environment of its own, for the tests that use them
 #   make soak    two hours of mixed load, or SOAK_SECONDS, and whether the server is afterwards what it was
 #   make docs    docs/methods.md and docs/pictures, written from the code
 #   make wheelhouse   camserve[server,tracing] and all it needs as wheels in build/wheelhouse, for machines without internet
@@ -17,9 +18,10 @@ TORCH_BACKEND ?=
 PEERS := build/peers/.installed
 PEERS_OPTIONS ?=
 SOAK_OPTIONS ?=
+CLIENTS := build/clients
 PROTOS := $(wildcard protos/camserve/v1/*.proto)
 
-.PHONY: demo test test-slow check format serve bench bench-peers soak docs wheelhouse stubs train clean
+.PHONY: demo test test-slow check format serve bench bench-peers clients soak docs wheelhouse stubs train clean
 
 # uv from the machine if it is there, else from PyPI into the environment.
 $(INSTALLED): pyproject.toml protos/generate_stubs.py $(PROTOS)
@@ -71,6 +73,23 @@ $(PEERS): tests/benchmarks/peers/requirements.txt $(INSTALLED)
 
 bench-peers: $(PEERS)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(PEERS_OPTIONS)
+
+# What tests/e2e/test_standard_clients.py talks with; Node and npm come from the machine. `.installed` is written last, so that an
+# installation that was broken off counts as none.
+clients: $(CLIENTS)/tritonclient/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/node/.installed
+
+$(CLIENTS)/tritonclient/.installed $(CLIENTS)/kserve/.installed: $(CLIENTS)/%/.installed: tests/clients/%/requirements.txt $(INSTALLED)
+	rm -rf $(@D)
+	PATH="$(abspath $(BIN)):$$PATH" uv venv --quiet --python $(BIN)/python $(@D)
+	PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(@D))" uv pip install --quiet --requirement $<
+	@touch $@
+
+$(CLIENTS)/node/.installed: tests/clients/node/package.json
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	cp $< $(@D)
+	cd $(@D) && npm install --silent --no-package-lock --no-audit --no-fund --no-update-notifier --ignore-scripts
+	@touch $@
 
 # A quarter of an hour is SOAK_SECONDS=900 make soak; on a machine that does nothing else, SOAK_OPTIONS='--most-drift 0.05'.
 soak: $(INSTALLED)

@@ -24,19 +24,26 @@ from camserve.server.models.sources import ModelSource, demo_sources
 hypothesis.settings.register_profile("camserve", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("camserve")
 
-# Programs that some tests need, by marker, and what to do on machines without them.
+# Programs and files that some tests need, by marker, and what to do on machines without them.
+_CLIENTS = Path(__file__).parents[1] / "build" / "clients"
 _NEEDS = {
     "needs_compiler": ([os.environ.get("CXX", "g++")], "there is no C++ compiler; install g++ or set CXX"),
+    "needs_kserve": ([_CLIENTS / "kserve" / ".installed"], "there is no kserve; run `make clients`"),
+    "needs_node": (
+        ["node", _CLIENTS / "node" / ".installed"],
+        "there is no gRPC for Node; install npm, run `make clients`",
+    ),
     "needs_prometheus": (["prometheus", "promtool"], "there is no Prometheus; install Debian's package prometheus"),
+    "needs_tritonclient": ([_CLIENTS / "tritonclient" / ".installed"], "there is no tritonclient; run `make clients`"),
 }
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a program that this machine does not have."""
+    """Leaves out what needs something that this machine does not have."""
     config.stash[_LEFT_OUT] = counts = {}
-    for marker, (programs, _) in _NEEDS.items():
-        if all(shutil.which(program) for program in programs):
+    for marker, (needed, _) in _NEEDS.items():
+        if all(one.exists() if isinstance(one, Path) else shutil.which(one) for one in needed):
             continue
         left_out = [item for item in items if item.get_closest_marker(marker) is not None]
         if left_out:
