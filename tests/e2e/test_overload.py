@@ -51,7 +51,10 @@ async def test_who_finds_the_door_full_is_told_when_to_come_back(
 async def test_three_times_the_peak_leaves_nobody_without_a_status(tmp_path: Path):
     """For 20 s three times what a server can do: every request ends with a status, and afterwards it answers as before."""
     mix = Mix(kinds=(kind("net", ["grad-cam"]),), inputs=(random_input(SIZE),))
-    with served(resnet("resnet18", tmp_path), SIZE, tmp_path / "server.log") as server, measuring():
+    with (
+        served(resnet("resnet18", tmp_path), SIZE, tmp_path / "server.log", caller_concurrency=0) as server,
+        measuring(),
+    ):
         async with Connections(server.target, count=4) as connections:
             before = figures_of(await run_step(connections, mix, Closed(32), Window(seconds=4, warm_up_seconds=1)))
             deadline = 5 * 16 / before.requests_per_second

@@ -27,6 +27,8 @@ def settings(**changes: object) -> Settings:
             "log_level": "error",
             # Chunks as large as passes: how many rows fill a slice differs from load to load, and last bits with it.
             "slice_seconds": 60,
+            # All of a test's clients are one host, hence one caller.
+            "caller_concurrency": 0,
             **changes,
         }
     )

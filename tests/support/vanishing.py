@@ -19,14 +19,16 @@ class VanishingProxy:
 
     Args:
         target: host and port of the server.
+        source: the address that the server sees.
 
     Attributes:
         target: where to connect instead.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, source: str = "127.0.0.1") -> None:
         host, _, port = target.rpartition(":")
         self._server = (host, int(port))
+        self._source = (source, 0)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._wake, self._woken = socket.socketpair()
@@ -62,7 +64,7 @@ class VanishingProxy:
                 for key, _ in selector.select():
                     if key.fileobj is self._listener:
                         client, _ = self._listener.accept()
-                        server = socket.create_connection(self._server)
+                        server = socket.create_connection(self._server, source_address=self._source)
                         self._sockets += [client, server]
                         selector.register(client, selectors.EVENT_READ, server)
                         selector.register(server, selectors.EVENT_READ, client)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from support.cards import card, job
 
+from camserve.server.comebacks import LONGEST_RETRY_SECONDS, SHORTEST_RETRY_SECONDS
 from camserve.server.demand import Demand
-from camserve.server.door import LONGEST_RETRY_SECONDS, SHORTEST_RETRY_SECONDS, Door, DoorLimits
+from camserve.server.door import Door, DoorLimits
 from camserve.server.errors import InvalidRequest, Overloaded, Reason, Unavailable
 from camserve.server.jobs import Lane, Sample
 from camserve.server.metrics import Metrics

@@ -16,7 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from support.cards import card
 
 from camserve.server.access import current_record
-from camserve.server.callers import current_caller
+from camserve.server.callers import CallerLimits, current_caller
+from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import (
     CamserveError,
     ExecutionFailed,
@@ -50,7 +51,8 @@ class Service:
 
     def __init__(self) -> None:
         self.metrics = Metrics()
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, write_seconds=60)])
+        turnstile = Turnstile(lambda _: CallerLimits(), self.metrics)
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, turnstile, write_seconds=60)])
 
     async def start(self, unary: Handler, stream: Handler, chat: Handler | None = None) -> grpc.aio.Channel:
         """Serves and connects. Logs as JSON; configured here because pytest captures a test apart from its fixtures."""

@@ -101,6 +101,10 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
         ("batch_window_seconds", 2),
         ("max_requests", 0),
         ("max_held_bytes", 1),
+        ("caller_requests_per_second", -1),
+        ("caller_requests_per_second", float("nan")),
+        ("caller_burst", 0.5),
+        ("caller_concurrency", -1),
         ("max_image_pixels", 0),
         ("drain_seconds", -1),
         ("stall_seconds", 0),
@@ -144,3 +148,14 @@ def test_an_empty_plan_cache_is_none(monkeypatch):
     monkeypatch.setenv("CAMSERVE_PLAN_CACHE", "")
     assert load_settings().plan_cache is None
     assert Path("/var/cache/plans") == load_settings(plan_cache=Path("/var/cache/plans")).plan_cache
+
+
+@pytest.mark.parametrize(
+    ("max_requests", "asked", "concurrency"),
+    [(256, None, 192), (3, None, 2), (1, None, 1), (256, 300, 300), (256, 0, 0)],
+)
+def test_no_caller_can_take_the_whole_door_unless_told(max_requests, asked, concurrency):
+    """By itself a caller may have three quarters of the places under way; a door of one place has no quarters."""
+    settings = load_settings(max_requests=max_requests, caller_concurrency=asked)
+
+    assert concurrency == settings.caller_limits.concurrency

@@ -20,6 +20,7 @@ import torch
 from grpc_reflection.v1alpha import reflection
 
 from camserve.server.announcements import Announcements
+from camserve.server.callers.turnstile import Turnstile
 from camserve.server.decode import DecodeLimits
 from camserve.server.dispatch import dispatch
 from camserve.server.door import Door, DoorLimits
@@ -83,6 +84,7 @@ class App:
         self._tracer = tracer_of(os.environ)
         self._runner = Runner(self.metrics, settings.torch_threads, self._heartbeat, self._tracer)
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
+        self.turnstile = Turnstile(lambda _caller: settings.caller_limits, self.metrics)
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
         self._watching: asyncio.Task[None] | None = None
@@ -132,7 +134,9 @@ class App:
             metrics=metrics,
         )
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, write_seconds=settings.write_seconds, tracer=self._tracer)],
+            interceptors=[
+                CallInterceptor(metrics, self.turnstile, write_seconds=settings.write_seconds, tracer=self._tracer)
+            ],
             options=[
                 ("grpc.max_receive_message_length", settings.max_request_bytes),
                 ("grpc.max_send_message_length", -1),

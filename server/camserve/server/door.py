@@ -12,16 +12,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from camserve.server.comebacks import within_reason
 from camserve.server.demand import Demand
 from camserve.server.errors import InvalidRequest, Overloaded, Reason, Unavailable
 from camserve.server.metrics import Metrics
 from camserve.server.scheduling import Forecast
 
 __all__ = ["Door", "DoorLimits"]
-
-# A refused caller should not come back before the queue has moved, nor wait longer than a batch job would.
-SHORTEST_RETRY_SECONDS = 0.05
-LONGEST_RETRY_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +139,7 @@ class Door:
         if self._inside >= limits.max_requests or self._held_bytes + request_bytes > limits.max_held_bytes:
             self._metrics.rejected.labels(Reason.QUEUE_FULL).inc()
             # About one request's stay frees the place of one; the average stay is what a newcomer would wait.
-            retry = _within_reason(self._recent_seconds)
+            retry = within_reason(self._recent_seconds)
             raise Overloaded(
                 Reason.QUEUE_FULL,
                 f"the server is full: {self._inside} of {limits.max_requests} requests and {self._held_bytes} of "
@@ -163,7 +160,7 @@ class Door:
         limit = self._limits.max_queued_seconds
         if forecast.queued_seconds > limit:
             self._metrics.rejected.labels(Reason.QUEUE_FULL).inc()
-            retry = _within_reason(forecast.queued_seconds - limit)
+            retry = within_reason(forecast.queued_seconds - limit)
             raise Overloaded(
                 Reason.QUEUE_FULL,
                 f"the server has {forecast.queued_seconds:.1f} s of work in lane {demand.job.lane} and those above it, more than "
@@ -195,7 +192,7 @@ class Door:
         lateness = forecast.lateness(remaining)
         if lateness > 0:
             self._metrics.rejected.labels(Reason.DEADLINE_UNREACHABLE).inc()
-            retry = _within_reason(lateness)
+            retry = within_reason(lateness)
             raise Overloaded(
                 Reason.DEADLINE_UNREACHABLE,
                 f"the deadline is {remaining:.3f} s away, and about {forecast.ahead_seconds:.3f} s of work come first; try again "
@@ -203,7 +200,3 @@ class Door:
                 metadata={**metadata, "retrySeconds": f"{retry:.3f}"},
                 retry_after_seconds=retry,
             )
-
-
-def _within_reason(seconds: float) -> float:
-    return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)

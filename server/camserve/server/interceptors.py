@@ -22,7 +22,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from camserve.server.access import AccessRecord, open_record
-from camserve.server.callers import anonymous, set_caller
+from camserve.server.callers import anonymous, current_caller, set_caller
+from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.tracing import UNTRACED, Tracer
@@ -43,13 +44,18 @@ _TRAILER_BYTES = 7000
 # By then a write to somebody who reads is long over.
 _GRACE_SECONDS = 1.0
 _LONGEST_TEXTS = (1500, 600, 200, 60)
+# Calls that ask a model once each. A stream of requests is counted by its handler, one by one.
+_REQUESTS = frozenset({"/camserve.v1.ExplanationService/Explain", "/inference.GRPCInferenceService/ModelInfer"})
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
-    """Records, logs and translates."""
+    """Records, logs, counts callers and translates."""
 
-    def __init__(self, metrics: Metrics, *, write_seconds: float, tracer: Tracer = UNTRACED) -> None:
+    def __init__(
+        self, metrics: Metrics, turnstile: Turnstile, *, write_seconds: float, tracer: Tracer = UNTRACED
+    ) -> None:
         self._metrics = metrics
+        self._turnstile = turnstile
         self._write_seconds = write_seconds
         self._tracer = tracer
 
@@ -93,6 +99,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     ) -> Callable[..., Awaitable[_T]]:
         # Probes ask every few seconds; nobody wants a trace of each.
         tracer = self._tracer if rpc.startswith("/camserve.") else UNTRACED
+        answer = self._counted(answer) if rpc in _REQUESTS else answer
 
         async def call(sent: Any, context: Any) -> _T:
             trace = tracer.request(rpc, context.invocation_metadata() or ())
@@ -107,6 +114,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 record.close(self._metrics)
 
         return call
+
+    def _counted(
+        self, answer: Callable[[Any, AccessRecord, Any], Awaitable[_T]]
+    ) -> Callable[[Any, AccessRecord, Any], Awaitable[_T]]:
+        """The same, as one of its caller's requests; refused before its message is parsed."""
+
+        async def counted(sent: Any, record: AccessRecord, context: Any) -> _T:
+            with self._turnstile.request(current_caller().name):
+                given = answer(sent, record, context)
+                del sent
+                return await given
+
+        return counted
 
     async def _write_all(self, messages: AsyncIterator[Any], record: AccessRecord, context: Any) -> None:
         """Sends what comes; written rather than yielded, so that who stops reading cannot hold a place for ever.

@@ -51,7 +51,7 @@ class Metrics:
         )
         self.rejected = Counter(
             "camserve_rejected_total",
-            "Requests refused at the door, before any decoding.",
+            "Requests refused before any decoding: at the door, or for what one caller may take.",
             ["reason"],
             registry=registry,
         )

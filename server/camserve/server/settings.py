@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from camserve.server.callers.limits import CallerLimits
 from camserve.server.jobs import Lane
 from camserve.server.scheduling import Limits
 
@@ -91,6 +92,17 @@ class Settings(BaseSettings):
     standard_weight: float = Field(3.0, gt=0, le=1000, description="Likewise, of the standard lane.")
     bulk_weight: float = Field(1.0, gt=0, le=1000, description="Likewise, of the bulk lane.")
     max_requests: int = Field(256, ge=1, description="Most requests past the door at once; more are told to come back.")
+    caller_requests_per_second: float = Field(
+        0.0, ge=0, le=1e6, description="Most requests of one caller in a second, in the long run; 0 for no limit."
+    )
+    caller_burst: int = Field(
+        0, ge=0, description="Most of them at once after a pause; 0 for as many as a second brings, at least one."
+    )
+    caller_concurrency: int | None = Field(
+        None,
+        ge=0,
+        description="Most requests of one caller under way; 0 for no limit. Unset: three quarters of max_requests.",
+    )
     max_held_bytes: int = Field(
         2 << 30,
         ge=1 << 20,
@@ -159,6 +171,16 @@ class Settings(BaseSettings):
     def decoders(self) -> int:
         """Number of decode threads, resolved."""
         return self.decode_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def caller_limits(self) -> CallerLimits:
+        """What a caller may take of whom nothing else is said, resolved: by itself no caller can take the whole door."""
+        asked = self.caller_concurrency
+        return CallerLimits(
+            requests_per_second=self.caller_requests_per_second,
+            burst=self.caller_burst,
+            concurrency=max(1, self.max_requests * 3 // 4) if asked is None else asked,
+        )
 
     @property
     def planner_limits(self) -> Limits:

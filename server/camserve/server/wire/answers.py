@@ -68,6 +68,8 @@ _CODES: Mapping[errors.Reason, Any] = MappingProxyType(
         errors.Reason.REPOSITORY_MISSING: code_pb2.FAILED_PRECONDITION,
         errors.Reason.RULE_FAILED: code_pb2.INTERNAL,
         errors.Reason.MODEL_MEMORY_EXHAUSTED: code_pb2.RESOURCE_EXHAUSTED,
+        errors.Reason.RATE_LIMITED: code_pb2.RESOURCE_EXHAUSTED,
+        errors.Reason.TOO_MANY_CONCURRENT: code_pb2.RESOURCE_EXHAUSTED,
     }
 )
 
