@@ -165,7 +165,7 @@ def test_metrics_page_of_a_process():
     """`camserve serve` opens the metrics page, and it names the build."""
     process, _, metrics_port = start_process("--drain-delay-seconds", "0")
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=60) as answer:
             page = answer.read().decode()
     finally:
         process.terminate()
@@ -173,6 +173,30 @@ def test_metrics_page_of_a_process():
 
     assert "camserve_build_info{" in page
     assert 'camserve_model_ready{model="surface",version="1"} 1.0' in page
+
+
+def test_a_server_imports_only_what_it_needs():
+    """Neither tracing that nobody asked for nor torch's compiler, which takes as long to import as all the rest of torch."""
+    script = """
+import sys
+import numpy as np
+from camserve.client import Client, TensorInput
+from camserve.server.background import BackgroundServer
+from camserve.server.models.sources import demo_sources
+from camserve.server.settings import Settings
+
+settings = Settings(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", drain_delay_seconds=0)
+with BackgroundServer(settings, demo_sources()) as server, Client(server.target, timeout=120) as client:
+    client.explain(TensorInput(np.zeros((3, 160, 160), np.float32)), model="surface", specs=["grad-cam"])
+heavy = ("opentelemetry", "torch._dynamo", "torch._inductor", "sympy", "torchvision")
+print(sorted(name for name in sys.modules if name in heavy))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True, env=environment
+    )
+
+    assert "[]\n" == done.stdout
 
 
 @pytest.mark.parametrize(

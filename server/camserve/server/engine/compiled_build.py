@@ -5,7 +5,8 @@ in the one that serves. The graph is what the dispatcher sees while the program 
 exported and eager programs: plain operators without autograd, so that Inductor may fold constants and batch normalisations into
 weights and lay those out for the kernels. A program whose operators depend on the values of its input is refused by the tracer.
 
-It is compiled for the number of threads that is set while it is, and for this machine's instructions.
+It is compiled for the number of threads that is set while it is, and for this machine's instructions. Torch's compiler is
+imported by those functions that need it: that takes as long as all the rest of torch, and few servers compile anything.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._inductor import aoti_compile_and_package, aoti_load_package
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from camserve.server.engine.compiled import PREDICTED, Package
 from camserve.server.engine.look import message_of
@@ -56,7 +55,7 @@ def check_compiler() -> None:
     Raises:
         RuntimeError: there is none.
     """
-    from torch._inductor import cpp_builder, exc  # noqa: PLC0415 - who serves needs none of it.
+    from torch._inductor import cpp_builder, exc  # noqa: PLC0415 - as told above.
 
     try:
         cpp_builder.get_cpp_compiler()
@@ -75,6 +74,8 @@ def build_package(explain: Package, batch: Tensor, path: Path) -> None:
     Raises:
         RuntimeError: the program depends on its input's values, or there is no C++ compiler, or it failed.
     """
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415 - as told above.
+
     classes = torch.full((len(batch),), PREDICTED)
     graph = traced(explain, batch, classes)
     with torch.no_grad():
@@ -95,6 +96,8 @@ def traced(explain: Package, batch: Tensor, classes: Tensor) -> torch.fx.GraphMo
     Raises:
         RuntimeError: they cannot be had, as where the values of the batch decide which are run.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - as told above.
+
     explain(batch, classes)  # The first forward of some programs also looks at them.
     try:
         graph = make_fx(explain)(batch, classes)
@@ -113,6 +116,8 @@ def load_package(path: Path) -> Package:
     Raises:
         RuntimeError: it is no such file, or of another version of torch.
     """
+    from torch._inductor import aoti_load_package  # noqa: PLC0415 - as told above.
+
     loaded = aoti_load_package(str(path))
 
     def run(batch: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

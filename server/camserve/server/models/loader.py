@@ -18,7 +18,6 @@ from torch.nn.functional import interpolate
 
 from camserve.server.engine.batches import make_batch
 from camserve.server.engine.compiled import CompiledPlan
-from camserve.server.engine.export import load_export
 from camserve.server.engine.factories import load_factory
 from camserve.server.engine.holdings import held_bytes
 from camserve.server.engine.layout import LayoutKind
@@ -181,6 +180,9 @@ def _compiled(
     )
     if refusal:
         return None, refusal
+    # What loads packages takes seconds to import: here, where a starting server does not serve yet, and not beside passes.
+    import torch._inductor  # noqa: F401, PLC0415
+
     spellings = next(layer.spellings for layer in report.layers if default_layer in (layer.name, *layer.spellings))
     return CompiledPlan(layer=default_layer, spellings=spellings, classes=report.classes), ""
 
@@ -208,6 +210,9 @@ def load_program(source: ModelSource, device: torch.device) -> Program:
         raise ValueError(f"model {source.name!r} has neither a file nor a factory")
     match source.path.suffix:
         case ".pt2":
+            # Imported here: that takes as long as all the rest of torch, and most servers have no such archive.
+            from camserve.server.engine.export import load_export  # noqa: PLC0415
+
             return load_export(source.path, device=device, dtype=dtype)
         case ".pt" | ".pth" | ".torchscript" | ".ts":
             return load_script(source.path, device=device, dtype=dtype)
