@@ -81,7 +81,7 @@ def demo_server() -> Iterator[BackgroundServer]:
 @pytest.fixture(scope="session")
 def client(demo_server: BackgroundServer) -> Iterator[Client]:
     """A client of the demo server."""
-    with Client(demo_server.target) as client:
+    with Client(demo_server.target, timeout=120) as client:
         yield client
 
 

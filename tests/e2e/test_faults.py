@@ -93,7 +93,7 @@ def test_nothing_of_a_request_is_kept(serve: Callable[..., BackgroundServer], tm
         ends(client)
         asyncio.run(until(lambda: metrics.value("camserve_requests_in_flight") == 0))
         # The device is done with it as well.
-        server.run(idle(server)).result(30)
+        server.run(idle(server)).result(120)
         left = [job for job in jobs_in_memory() if id(job) not in before]
 
     assert [] == left
@@ -158,29 +158,27 @@ def test_port_that_is_sent_what_is_no_http2(demo_server, client, kind):
 
 
 @pytest.fixture
-def held(serve: Callable[..., BackgroundServer]) -> Iterator[BackgroundServer]:
-    """A server whose device makes no forward until the test ends, and that asks each second who is still there."""
-    server = serve(
-        fragile_source(slow, max_batch=2),
-        max_requests=2,
-        keepalive_seconds=1,
-        keepalive_timeout_seconds=1,
-        write_seconds=1,
-    )
+def held(serve: Callable[..., BackgroundServer], request: pytest.FixtureRequest) -> Iterator[BackgroundServer]:
+    """A server whose device makes no forward until the test ends."""
+    server = serve(fragile_source(slow, max_batch=2), max_requests=2, **getattr(request, "param", {}))
     SLOW.is_held = True
     yield server
     SLOW.is_held = False
     SLOW.turns.release(1000)
-    server.run(idle(server)).result(60)
+    server.run(idle(server)).result(120)
     while SLOW.turns.acquire(blocking=False) or SLOW.waiting.acquire(blocking=False):
         pass
 
 
 def inside(server: BackgroundServer, count: int) -> None:
     """Waits until so many are past the door."""
-    asyncio.run(until(lambda: Metrics(server).value("camserve_requests_in_flight") == count, timeout_seconds=45))
+    asyncio.run(until(lambda: Metrics(server).value("camserve_requests_in_flight") == count))
 
 
+# It asks each second who is still there.
+@pytest.mark.parametrize(
+    "held", [{"keepalive_seconds": 1, "keepalive_timeout_seconds": 1}], indirect=True, ids=["asks"]
+)
 def test_caller_that_vanishes_without_a_word_loses_its_place(held):
     """A connection on which nothing comes or goes any more, and that nobody closed, is found out; its request is given up.
 

@@ -60,7 +60,7 @@ async def test_a_model_that_hangs_flips_liveness_until_it_goes_on(serve, capsys)
             updates = health_pb2_grpc.HealthStub(channel).Watch(WATCHED)
             assert SERVING == next(updates).status
             asking = pool.submit(client.explain, ROW, model="slow", request_id="held-1")
-            assert SLOW.waiting.acquire(timeout=60)
+            assert SLOW.waiting.acquire(timeout=120)
 
             await until(lambda: page(server.app, "/livez")[0] == 503)
             assert NOT_SERVING == next(updates).status

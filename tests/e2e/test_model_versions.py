@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import gc
 import itertools
 import threading
@@ -80,17 +81,20 @@ def test_a_version_switches_under_traffic_and_no_request_fails(start, tmp_path):
         seen = []
         async with AsyncClient(server.target, retries=0) as asking:
             is_over = asyncio.Event()
+            came = collections.defaultdict(asyncio.Event)
 
             async def ask():
                 while not is_over.is_set():
                     result = await asking.explain(ROW, model="part", specs=["grad-cam", "layercam"])
                     assert 2 == len(result.heatmaps)
                     seen.append((result.prediction.class_index, result.summary.version))
+                    came[result.summary.version].set()
 
             callers = [asyncio.create_task(ask()) for _ in range(6)]
+            await came["1"].wait()
             await asking.load_model("part")
-            await asking.explain(ROW, model="part")
             await asking.unload_model("part", "1")
+            await came["2"].wait()
             is_over.set()
             await asyncio.gather(*callers)
         return seen

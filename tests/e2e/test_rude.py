@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 from support.nets import TinyNet
+from support.patience import under_a_deadline
 from support.rude import rude_source
 from support.servers import Metrics, script_source, settings, until
 
-from camserve.client import Client, DeadlineExceeded, Internal, InvalidRequest, Spec, TensorInput
+from camserve.client import Client, DeadlineExceeded, Event, Internal, InvalidRequest, Spec, TensorInput
 from camserve.server.background import BackgroundServer
 from camserve.v1 import explanation_service_pb2, explanation_service_pb2_grpc, input_pb2, spec_pb2
 
@@ -33,7 +35,7 @@ def test_model_that_raises_what_nobody_catches(serve, name):
     model = name.replace("_", "-")
     with Client(server.target, retries=0) as client:
         with pytest.raises(Internal) as caught:
-            client.explain(BRIGHT, model=model, timeout=30)
+            client.explain(BRIGHT, model=model, timeout=120)
         assert "MODEL_FAILED" == caught.value.reason
         assert client.explain(DARK, model=model, specs=["grad-cam"]).heatmaps
 
@@ -57,9 +59,14 @@ def test_reader_that_stops_reading_loses_its_place(serve, tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
     # Nine megabytes each, which do not compress: more than the buffers on the way can hold.
     specs = [Spec("grad-cam", encoding="float32", size="source", rectify=False, target=index % 4) for index in range(8)]
-    with Client(server.target, retries=0) as client:
-        events = client.stream(image, model="tiny", specs=specs, deadline=1.0)
-        next(events)
+    with Client(server.target, retries=0, timeout=120) as client:
+
+        def begun(seconds: float) -> Iterator[Event]:
+            events = client.stream(image, model="tiny", specs=specs, deadline=seconds)
+            next(events)
+            return events
+
+        events = under_a_deadline(begun)
         asyncio.run(until(lambda: metrics.value("camserve_requests_in_flight") == 0))
         assert client.explain(DARK, model="tiny").prediction
         with pytest.raises(DeadlineExceeded):
@@ -73,12 +80,13 @@ def test_too_many_specs_are_refused_before_they_are_read(demo_server):
     )
     with grpc.insecure_channel(demo_server.target) as channel:
         stub = explanation_service_pb2_grpc.ExplanationServiceStub(channel)
-        started = time.perf_counter()
+        # Of this process, which the server is in: whatever else the machine does meanwhile.
+        started = time.process_time()
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Explain(request))
 
     assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
-    assert time.perf_counter() - started < 5.0
+    assert time.process_time() - started < 5.0
 
 
 def test_one_layer_under_two_names(client, samples):
@@ -109,6 +117,6 @@ def test_stop_while_a_model_loads_for_ever(tmp_path, numbers):
         assert any("loading for ever" in line for line in lines)
         for number in numbers:
             process.send_signal(number)
-        status = process.wait(timeout=20)
+        status = process.wait(timeout=120)
 
     assert status in ({0} if len(numbers) == 1 else {0, 128 + signal.SIGINT, 128 + signal.SIGTERM})

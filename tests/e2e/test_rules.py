@@ -21,6 +21,7 @@ from support.architectures import eager
 from support.fragile import MARK, fragile_source, gradient_free
 from support.gated import GATE, gated_source
 from support.nets import MeanColour
+from support.patience import under_a_deadline
 from support.servers import Metrics, script_source, settings, until
 
 from camserve.client import AsyncClient, Client, Heatmap, Prediction, Result, Spec, Summary, TensorInput
@@ -342,12 +343,16 @@ def test_a_deadline_ends_what_rules_add_and_not_the_request(serve, tmp_path):
     rule = RuleConfig(name="slow", method="grad-cam")
     source = dataclasses.replace(gated, config=gated.config.model_copy(update={"explain": (rule,)}))
     server = serve(source)
-    GATE.reset()
-    try:
-        with Client(server.target) as client:
-            result = client.explain(tinted(), model="gated", deadline=3.0)
-    finally:
-        GATE.opened.set()
+
+    def held(seconds: float) -> Result:
+        GATE.reset()
+        try:
+            return client.explain(tinted(), model="gated", deadline=seconds)
+        finally:
+            GATE.opened.set()
+
+    with Client(server.target, timeout=120) as client:
+        result = under_a_deadline(held)
 
     assert ({"slow": "failed"}, ()) == (result.summary.rules, result.heatmaps)
     assert [("slow", "DEADLINE_EXCEEDED")] == [(error.rule, error.error.reason) for error in result.errors]

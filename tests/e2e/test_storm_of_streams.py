@@ -9,6 +9,7 @@ streams as many messages under the same cancellations.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Iterator
 
@@ -55,10 +56,14 @@ async def is_empty_within(served: Served, seconds: float) -> float:
         assert waited < seconds, f"{left} are left after {waited:.1f} s"
 
 
+def stages_left(served: Served) -> dict[str, float]:
+    """How many callers left while the server decoded, while they were queued, and after their prediction."""
+    return {stage: served.metric("camserve_cancelled_total", stage=stage) for stage in ("decode", "queue", "device")}
+
+
 def assert_was_a_storm(served: Served, tally: Tally) -> None:
     """Callers left while the server decoded, while they were queued, and after their prediction."""
-    stages = {stage: served.metric("camserve_cancelled_total", stage=stage) for stage in ("decode", "queue", "device")}
-    assert [] == [stage for stage, count in stages.items() if count == 0]
+    assert [] == [stage for stage, count in stages_left(served).items() if count == 0]
     assert {"CANCELLED"} <= tally.of(Leaving.EARLY) & tally.of(Leaving.READS) & tally.of(Leaving.LINGERS)
     # A deadline that cannot be met by what passes take is refused at the door.
     assert tally.of(Leaving.HURRIES) <= {"OK", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
@@ -66,9 +71,17 @@ def assert_was_a_storm(served: Served, tally: Tally) -> None:
 
 
 async def test_streams_half_of_which_leave(served):
-    """Six hundred streams: no wrong message, no hang, and soon nothing is left of them."""
-    tally = await send_all(served.process.target, draw(600, seed=0), concurrency=CONCURRENCY)
-    await is_empty_within(served, 30)
+    """Six hundred streams: no wrong message, no hang, and soon nothing is left of them.
+
+    Where a machine's pace let nobody leave at one of the stages, another six hundred follow.
+    """
+    tally = Tally()
+    for seed in itertools.count():
+        more = await send_all(served.process.target, draw(600, seed=seed), concurrency=CONCURRENCY)
+        tally = Tally(ends=tally.ends + more.ends, wrong=tally.wrong + more.wrong, hung=tally.hung + more.hung)
+        await is_empty_within(served, 120)
+        if seed == 4 or (all(stages_left(served).values()) and "DEADLINE_EXCEEDED" in tally.of(Leaving.HURRIES)):
+            break
 
     assert [] == tally.hung
     assert [] == tally.wrong

@@ -42,7 +42,7 @@ class _WaitInBackward(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, gradient: Tensor) -> Tensor:
         GATE.reached.set()
-        if not GATE.opened.wait(timeout=60):
+        if not GATE.opened.wait(timeout=180):
             raise RuntimeError("nobody opened the gate")
         GATE.rows_backward += len(gradient)
         return gradient

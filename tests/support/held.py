@@ -21,7 +21,7 @@ from torch import Tensor, nn
 __all__ = ["Gate", "Held", "HeldNet", "held_process", "make"]
 
 _GATE = "CAMSERVE_TEST_GATE"
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 180.0
 
 
 class Gate:

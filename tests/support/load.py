@@ -90,7 +90,7 @@ class Served:
 
     def metrics(self) -> list[Sample]:
         """Every sample of the metrics page as it is now."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60) as answer:
             page = answer.read().decode()
         return [sample for family in text_string_to_metric_families(page) for sample in family.samples]
 

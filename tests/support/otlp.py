@@ -65,7 +65,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         with self._came:
             return list(self._spans)
 
-    def wait_for(self, is_complete: Callable[[list[Span]], bool], timeout_seconds: float = 60) -> list[Span]:
+    def wait_for(self, is_complete: Callable[[list[Span]], bool], timeout_seconds: float = 180) -> list[Span]:
         """Returns all spans as soon as they are complete."""
         with self._came:
             if not self._came.wait_for(lambda: is_complete(self._spans), timeout_seconds):

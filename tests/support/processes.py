@@ -90,7 +90,7 @@ class ServerProcess:
         """Sends SIGTERM; once is a drain, twice is the end."""
         self._process.send_signal(signal.SIGTERM)
 
-    def ended(self, timeout_seconds: float = 60) -> int:
+    def ended(self, timeout_seconds: float = 180) -> int:
         """Waits until it has ended; its exit status."""
         return self._process.wait(timeout=timeout_seconds)
 
@@ -102,7 +102,7 @@ class ServerProcess:
 
     def _port(self) -> int:
         """Reads the log until it tells the port: a process says nothing else that could be awaited."""
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while time.monotonic() < until and self._process.poll() is None:
             found = re.search(r"ready on port (\d+) with", self._log.read_text(encoding="utf-8", errors="replace"))
             if found:

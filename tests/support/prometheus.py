@@ -22,7 +22,7 @@ from support.deployed import DEPLOY
 __all__ = ["Prometheus", "prometheus"]
 
 _PACE = "250ms"
-_PATIENCE_SECONDS = 60
+_PATIENCE_SECONDS = 180
 
 
 class Prometheus:
@@ -41,7 +41,7 @@ class Prometheus:
         Raises:
             urllib.error.HTTPError: it refused, such as an expression that it cannot read.
         """
-        with urllib.request.urlopen(f"{self._url}{path}?{urllib.parse.urlencode(parameters)}", timeout=30) as answer:  # noqa: S310 - on loopback
+        with urllib.request.urlopen(f"{self._url}{path}?{urllib.parse.urlencode(parameters)}", timeout=60) as answer:  # noqa: S310 - on loopback
             return json.load(answer)["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:

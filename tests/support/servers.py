@@ -50,7 +50,7 @@ class Metrics:
 
     def text(self) -> str:
         """The page as it is now."""
-        with urllib.request.urlopen(self._url, timeout=10) as answer:  # noqa: S310 - our own server on loopback
+        with urllib.request.urlopen(self._url, timeout=60) as answer:  # noqa: S310 - our own server on loopback
             return answer.read().decode()
 
     def value(self, name: str, **labels: str) -> float:
@@ -63,7 +63,7 @@ class Metrics:
         )
 
 
-async def until(is_so: Callable[[], bool], timeout_seconds: float = 30) -> None:
+async def until(is_so: Callable[[], bool], timeout_seconds: float = 120) -> None:
     """Reads the metrics page until it shows what is waited for: the page has no events to await."""
     async with asyncio.timeout(timeout_seconds):
         while not await asyncio.to_thread(is_so):  # noqa: ASYNC110 - another process's page can only be read again

@@ -243,9 +243,9 @@ async def test_a_forecast_takes_microseconds():
         put(queue, dataclasses.replace(demand, job=job(deadline=time.monotonic() + number)))
     times = []
     for _ in range(50):
-        started = time.perf_counter()
+        started = time.thread_time()
         queue.forecast(asked, time.monotonic())
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
 
     assert min(times) < 0.001
 

@@ -292,14 +292,14 @@ def peer() -> Iterator[Peer]:
 @pytest.fixture
 def client(peer: Peer) -> Iterator[Client]:
     """A client of that server."""
-    with Client(peer.target, timeout=20) as connected:
+    with Client(peer.target, timeout=120) as connected:
         yield connected
 
 
 @pytest.fixture
 async def async_client(peer: Peer) -> AsyncClient:
     """An asyncio client of that server; the test closes it."""
-    return AsyncClient(peer.target, timeout=20)
+    return AsyncClient(peer.target, timeout=120)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def _until_left(peer: Peer) -> None:
     def answer(request: explanation_service_pb2.ExplainRequest, context: grpc.ServicerContext) -> Responses:
         context.add_callback(peer.cancelled.set)
         yield prediction()
-        peer.cancelled.wait(30)
+        peer.cancelled.wait(120)
 
     peer.answer = answer
 
@@ -147,7 +147,7 @@ def test_leaving_the_loop_early_cancels_the_call_on_the_server(peer: Peer, clien
         assert isinstance(event, Prediction)
         break
 
-    assert peer.cancelled.wait(20)
+    assert peer.cancelled.wait(120)
 
 
 async def test_leaving_the_async_loop_early_cancels_the_call_on_the_server(
@@ -161,7 +161,7 @@ async def test_leaving_the_async_loop_early_cancels_the_call_on_the_server(
             async for event in events:
                 assert isinstance(event, Prediction)
                 break
-        assert await asyncio.to_thread(peer.cancelled.wait, 20)
+        assert await asyncio.to_thread(peer.cancelled.wait, 120)
 
 
 async def test_cancelling_the_task_cancels_the_call_on_the_server(
@@ -181,7 +181,7 @@ async def test_cancelling_the_task_cancels_the_call_on_the_server(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(peer.cancelled.wait, 20)
+        assert await asyncio.to_thread(peer.cancelled.wait, 120)
 
 
 def test_closing_the_client_ends_calls_under_way(peer: Peer, png: bytes) -> None:
@@ -220,7 +220,8 @@ def test_the_timeout_ends_a_call_that_hangs(peer: Peer, client: Client, png: byt
     with pytest.raises(DeadlineExceeded):
         client.explain(png, model="surface", timeout=0.5)
 
-    assert peer.cancelled.wait(20)
+    # On a busy machine the time may be over before the call is under way.
+    assert peer.requests == [] or peer.cancelled.wait(120)
 
 
 def test_a_stream_cut_off_without_an_error_is_no_result(peer: Peer, client: Client, png: bytes) -> None:
@@ -244,7 +245,7 @@ class _Rendezvous:
         peer.answer = self
 
     def __call__(self, request: explanation_service_pb2.ExplainRequest, context: grpc.ServicerContext) -> Responses:
-        self._barrier.wait(20)
+        self._barrier.wait(120)
         yield from self._full_answer(request, context)
 
 
@@ -303,7 +304,7 @@ def test_leaving_many_early_cancels_what_is_under_way(peer: Peer, client: Client
         if first_is_done.is_set():
             context.add_callback(peer.cancelled.set)
             yield prediction()
-            peer.cancelled.wait(30)
+            peer.cancelled.wait(120)
         else:
             first_is_done.set()
             yield from full_answer(request, context)
@@ -313,7 +314,7 @@ def test_leaving_many_early_cancels_what_is_under_way(peer: Peer, client: Client
     next(results)
     results.close()
 
-    assert peer.requests[1:] == [] or peer.cancelled.wait(20)
+    assert peer.requests[1:] == [] or peer.cancelled.wait(120)
     assert "scratch" == client.model("surface").labels[1]  # The client itself goes on.
 
 

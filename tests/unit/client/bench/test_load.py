@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import statistics
 import threading
 from collections.abc import Iterator
 
@@ -75,7 +74,9 @@ async def test_a_window_of_seconds_leaves_the_warm_up_out(peer: Peer, mix: Mix) 
 
     assert 0.3 == step.seconds
     assert any(record.intended < 0 for record in step.records)
-    assert 0 < len(step.due) < len(step.records) == len(peer.requests)
+    assert len(step.records) == len(peer.requests)
+    # None at all, on a machine that stands still for so long.
+    assert [record for record in step.records if 0 <= record.intended < 0.3] == list(step.due)
 
 
 async def test_the_warm_up_before_counted_requests_ends_first(peer: Peer, mix: Mix) -> None:
@@ -94,15 +95,13 @@ async def test_latency_counts_from_when_a_request_was_due(peer: Peer, mix: Mix) 
     async with Connections(peer.target) as connections:
         step = await run_step(connections, mix, Open(200.0), Window(requests=40))
 
-    by_arrival = sorted(step.records, key=lambda record: record.intended)
-    latencies = [record.latency for record in by_arrival]
-    figures = figures_of(step)
+    by_answer = sorted(step.records, key=lambda record: record.ended)
     assert {"OK"} == {record.code for record in step.records}
-    # 40 answers of 0.02 s each, due within 0.2 s: who is answered last waits for nearly all of them.
-    assert max(latencies) > 0.4
-    assert statistics.median(latencies[-10:]) > 2 * statistics.median(latencies[:10])
-    assert figures.is_growing
-    assert figures.requests_per_second < 60
+    # 40 answers of 0.02 s each, due within 0.2 s: the later one is answered, the more answers it waits for from then on.
+    assert max(record.intended for record in by_answer) < 0.4
+    assert all(record.ended >= 0.02 * place for place, record in enumerate(by_answer, start=1))
+    assert min(record.latency for record in by_answer[-10:]) > 0.2
+    assert figures_of(step).requests_per_second < 60
 
 
 async def test_what_finds_no_room_is_counted_and_not_sent(peer: Peer, mix: Mix) -> None:
@@ -134,17 +133,17 @@ async def test_refusals_are_recorded_with_what_the_server_said(peer: Peer, mix: 
     assert ("RESOURCE_EXHAUSTED", "QUEUE_FULL", 0.25) == told[2]
 
 
-@pytest.mark.parametrize("heeds", [True, False])
-async def test_a_caller_that_is_turned_away_comes_back_when_asked(peer: Peer, mix: Mix, heeds) -> None:
-    """A caller of a closed loop waits as long as the server asks, unless it is of the other sort."""
-    peer.failures.append(status("RESOURCE_EXHAUSTED", "QUEUE_FULL", "full", retry_after=0.3))
+@pytest.mark.parametrize(("heeds", "seconds"), [(True, 0.3), (False, 3600.0)])
+async def test_a_caller_that_is_turned_away_comes_back_when_asked(peer: Peer, mix: Mix, heeds, seconds) -> None:
+    """A caller of a closed loop waits as long as the server asks, unless it is of the other sort; the wait is no latency."""
+    peer.failures.append(status("RESOURCE_EXHAUSTED", "QUEUE_FULL", "full", retry_after=seconds))
 
     async with Connections(peer.target) as connections:
         step = await run_step(connections, mix, Closed(1, heeds_retry_after=heeds), Window(requests=2))
 
     refused, answered = sorted(step.records, key=lambda record: record.intended)
-    assert heeds is (answered.intended - refused.ended >= 0.3)
-    assert answered.latency < 0.3
+    assert heeds is (answered.intended - refused.ended >= seconds)
+    assert answered.latency == answered.ended - answered.intended
 
 
 async def test_a_spec_that_fails_is_no_full_answer(peer: Peer, png: bytes) -> None:
@@ -181,7 +180,7 @@ async def test_a_limit_on_the_call_is_grpcs_own(peer: Peer, mix: Mix) -> None:
         request: explanation_service_pb2.ExplainRequest, context: grpc.ServicerContext
     ) -> Iterator[explanation_service_pb2.ExplainResponse]:
         context.add_callback(waiting.set)
-        waiting.wait(20)
+        waiting.wait(120)
         yield summary(request)
 
     peer.answer = hold
@@ -211,8 +210,9 @@ async def test_a_stopped_step_gives_what_it_has(peer: Peer, mix: Mix, load: Clos
         step = await run_step(connections, mix, load, Window(seconds=60), progress=progress, stop=stop)
 
     assert not step.is_complete
-    assert 0 < step.seconds < 30
-    assert 3 <= len(step.records) < 50
+    assert 0 < step.seconds < 60
+    # 60 seconds of them would be thousands.
+    assert 3 <= len(step.records) < 1000
     assert (0, len(step.records)) == (progress.in_flight, progress.answered)
 
 
