@@ -91,7 +91,7 @@ def p99(step: Step) -> float:
 
 async def test_three_times_the_peak(archive, tmp_path):
     """Offered three times what it can do, a server answers in time nine tenths of what it can, and refuses the rest at once."""
-    with served(archive, SIZE, tmp_path / "server.log", caller_concurrency=0) as server:
+    with served(archive, SIZE, tmp_path / "server.log", caller_concurrency=0, max_connection_streams=10_000) as server:
         async with Connections(server.target, count=4) as connections:
             peak = figures_of(await offered(connections, asked("grad-cam"), Closed(32)))
             assert peak.batch_rows is not None

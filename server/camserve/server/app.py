@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from camserve.server.announcements import Announcements
 from camserve.server.callers.turnstile import Turnstile
+from camserve.server.connections import connection_options
 from camserve.server.decode import DecodeLimits
 from camserve.server.dispatch import dispatch
 from camserve.server.door import Door, DoorLimits
@@ -137,17 +138,7 @@ class App:
             interceptors=[
                 CallInterceptor(metrics, self.turnstile, write_seconds=settings.write_seconds, tracer=self._tracer)
             ],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_request_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-                # A peer that vanished without a word is found out, and a client that asks the same of us is not thrown out.
-                ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1000)),
-                ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_seconds * 1000)),
-                # The time for the answer to any ping, a keepalive's too; a minute by itself, whatever the line above says.
-                ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_seconds * 1000)),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-            ],
+            options=connection_options(settings),
         )
         explanation_service_pb2_grpc.add_ExplanationServiceServicer_to_server(
             ExplanationServicer(self.repository, pipeline, request_limits(settings)), server

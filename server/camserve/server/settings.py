@@ -136,6 +136,32 @@ class Settings(BaseSettings):
     keepalive_timeout_seconds: float = Field(
         20.0, gt=0, le=7200, description="Without an answer for so long it is closed, and its requests are given up."
     )
+    min_ping_seconds: float = Field(
+        10.0, ge=0, le=7200, description="A caller that asks more often whether we are there is cut off."
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="Most connections at once, and never more than half of the files the process may open."
+    )
+    max_connection_streams: int = Field(
+        256, ge=1, le=1 << 20, description="Most calls at once on one connection; clients hold further ones back."
+    )
+    max_metadata_bytes: int = Field(
+        16 << 10, ge=1 << 10, le=1 << 24, description="Largest metadata of a call, names and credentials included."
+    )
+    handshake_seconds: float = Field(
+        20.0, gt=0, le=7200, description="A connection that has not said what it wants for so long is closed."
+    )
+    idle_connection_seconds: float = Field(
+        900.0, ge=0, description="A connection without a call for so long is closed; 0 for never."
+    )
+    connection_age_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="A connection this old takes no more calls, so that its caller connects anew; 0 for never.",
+    )
+    connection_age_grace_seconds: float = Field(
+        300.0, ge=0, description="Calls on such a connection have so long to end; then they are cut off."
+    )
     drain_delay_seconds: float = Field(
         5.0, ge=0, description="Between not ready and refusing: time for balancers to notice. 0 in tests."
     )
