@@ -19,7 +19,7 @@ PEERS := build/peers/.installed
 PEERS_OPTIONS ?=
 SOAK_OPTIONS ?=
 CLIENTS := build/clients
-PROTOS := $(wildcard protos/camserve/v1/*.proto)
+PROTOS := $(wildcard protos/camserve/v1/*.proto protos/inference/*.proto)
 
 .PHONY: demo test test-slow check format serve bench bench-peers clients soak docs wheelhouse stubs train clean
 

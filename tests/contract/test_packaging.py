@@ -25,7 +25,7 @@ from camserve.server.background import BackgroundServer
 
 ROOT = Path(__file__).resolve().parents[2]
 PORTIONS = {"v1": "protos", "server": "server", "client": "client"}
-STUBS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py")
+STUBS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*.binpb")
 
 # Explains one image with what the light client itself depends on, and tells what it found.
 EXPLAIN = """
@@ -122,6 +122,7 @@ def test_the_wheel_holds_everything(built):
 
     for proto in (ROOT / "protos/camserve/v1").glob("*.proto"):
         assert {f"camserve/v1/{proto.stem}{kind}" for kind in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")} <= names
+    assert "camserve/server/oip/open_inference.binpb" in names
     tracked = run("git", "ls-files", *PORTIONS.values(), cwd=ROOT).stdout.split()
     kept = {name.partition("/")[2] for name in tracked if name.split("/")[1] == "camserve"}
     assert kept <= names
@@ -150,7 +151,7 @@ def test_the_source_distribution_can_be_built_from(built, tmp_path):
         names = archive.getnames()
         archive.extractall(tmp_path, filter="data")
 
-    assert not [name for name in names if "_pb2" in name]
+    assert not [name for name in names if "_pb2" in name or name.endswith(".binpb")]
     run(
         sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=tmp_path / names[0].split("/")[0]
     )

@@ -14,11 +14,14 @@ import structlog
 from camserve.server.metrics import Metrics
 from camserve.server.tracing import UNTRACED, RequestTrace
 
-__all__ = ["AccessRecord", "current_record", "open_record"]
+__all__ = ["AccessRecord", "current_record", "is_ordinary", "open_record"]
 
 _T = TypeVar("_T")
 
 _log = structlog.get_logger("camserve.access")
+# Calls that ask for a prediction and explanations, of either protocol.
+_REQUESTS = ("/Explain", "/ModelInfer")
+_PROBES = ("/ServerLive", "/ServerReady", "/ModelReady")
 _current: contextvars.ContextVar[AccessRecord] = contextvars.ContextVar("camserve_access_record")
 
 
@@ -42,6 +45,7 @@ class AccessRecord:
         reason: of the error, or empty.
         message: of the error, or empty.
         trace: where the call is traced.
+        is_streamed: whether it is one of the requests of a stream, which is a call of its own.
     """
 
     rpc: str
@@ -60,6 +64,7 @@ class AccessRecord:
     reason: str = ""
     message: str = ""
     trace: RequestTrace = UNTRACED
+    is_streamed: bool = False
 
     def close(self, metrics: Metrics) -> None:
         """Writes the line, counts the call and ends its span."""
@@ -73,7 +78,7 @@ class AccessRecord:
             "rules": self.rules,
         }
         self.trace.end(code=self.code, reason=self.reason, message=self.message, facts=_told(known))
-        if self.rpc.endswith("/Explain"):
+        if self.is_streamed or self.rpc.endswith(_REQUESTS):
             metrics.requests.labels(self.model, self.version, self.code).inc()
         fields: dict[str, str | float] = {
             "rpc": self.rpc,
@@ -86,14 +91,18 @@ class AccessRecord:
             "reason": self.reason,
             "error": self.message,
         }
-        # Probes ask every few seconds; at the level of ordinary calls they would bury them.
-        write = _log.info if self.rpc.startswith("/camserve.") else _log.debug
+        write = _log.info if is_ordinary(self.rpc) else _log.debug
         write("call", **_told(fields))
 
 
 def _told(fields: Mapping[str, _T]) -> dict[str, _T]:
     """What is known: a line says only what happened."""
     return {name: value for name, value in fields.items() if value not in ("", 0)}
+
+
+def is_ordinary(rpc: str) -> bool:
+    """Whether a call is no probe: those ask every few seconds, and would bury all others in logs and traces."""
+    return rpc.startswith(("/camserve.", "/inference.")) and not rpc.endswith(_PROBES)
 
 
 def open_record(record: AccessRecord) -> None:

@@ -37,6 +37,9 @@ from camserve.server.models.compiling_queue import CompilingQueue
 from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.models.sources import ModelSource
+from camserve.server.oip import registration
+from camserve.server.oip.inference import Inference
+from camserve.server.oip.servicer import InferenceServicer
 from camserve.server.pages import Pages
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
@@ -146,8 +149,12 @@ class App:
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(self.repository, self.lifecycle), server
         )
+        inference = Inference(self.repository, pipeline, request_limits(settings), self._workers)
+        registration.add_to(server, InferenceServicer(self.repository, self.lifecycle, inference, self._health))
         self._health.add_to(server)
-        reflection.enable_server_reflection((*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection(
+            (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server, registration.BothPools()
+        )
         await self._health.set_server(is_serving=False)
         self.port = server.add_insecure_port(settings.listen)
         watchdog = Watchdog(

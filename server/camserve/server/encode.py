@@ -114,7 +114,8 @@ def encode(
         codes = _codes(values, low, high, np.uint8)
         del values
         payload = codes.tobytes() if spec.encoding is Encoding.UINT8 else _png(codes)
-    sent, compression = _compressed(payload) if spec.encoding in _CELLS else (payload, Compression.NONE)
+    may_compress = spec.may_compress and spec.encoding in _CELLS
+    sent, compression = _compressed(payload) if may_compress else (payload, Compression.NONE)
     return Heatmap(
         raw=_on_source(raw, geometry),
         label="" if raw.target.class_index is None else label,

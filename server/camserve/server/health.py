@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 __all__ = ["SERVICES", "Health"]
 
-SERVICES = ("camserve.v1.ExplanationService", "camserve.v1.ModelService")
+SERVICES = ("camserve.v1.ExplanationService", "camserve.v1.ModelService", "inference.GRPCInferenceService")
 
 _Status = health_pb2.HealthCheckResponse
 

@@ -21,11 +21,12 @@ import structlog
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from camserve.server.access import AccessRecord, open_record
+from camserve.server.access import AccessRecord, is_ordinary, open_record
 from camserve.server.callers import anonymous, current_caller, set_caller
 from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
+from camserve.server.oip import codes as oip
 from camserve.server.tracing import UNTRACED, Tracer
 from camserve.server.wire.answers import status_of
 
@@ -97,8 +98,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _around(
         self, rpc: str, answer: Callable[[Any, AccessRecord, Any], Awaitable[_T]]
     ) -> Callable[..., Awaitable[_T]]:
-        # Probes ask every few seconds; nobody wants a trace of each.
-        tracer = self._tracer if rpc.startswith("/camserve.") else UNTRACED
+        tracer = self._tracer if is_ordinary(rpc) else UNTRACED
         answer = self._counted(answer) if rpc in _REQUESTS else answer
 
         async def call(sent: Any, context: Any) -> _T:
@@ -215,6 +215,8 @@ def _status(error: Exception, record: AccessRecord) -> status_pb2.Status:
             metadata={"requestId": record.request_id},
         )
     status = _within_trailers(error)
+    if record.rpc.startswith(oip.PREFIX):
+        status = oip.as_expected(status, error.reason)
     record.code, record.reason, record.message = _CODES[status.code].name, str(error.reason), status.message
     return status
 

@@ -33,7 +33,7 @@ class Metrics:
         self.build = Info("camserve_build", "Version of camserve and of torch.", registry=registry)
         self.requests = Counter(
             "camserve_requests_total",
-            "Finished Explain calls by gRPC status code.",
+            "Finished requests by gRPC status code: Explain and ModelInfer.",
             ["model", "version", "code"],
             registry=registry,
         )

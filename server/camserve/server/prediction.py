@@ -24,6 +24,10 @@ def predict(reading: Reading, card: ModelCard, top_k: int, geometry: Geometry | 
         top_k: how many classes or detections at most.
         geometry: how the input lies on the source; None for tensors, whose boxes stay as they are.
     """
+    return dataclasses.replace(_told(reading, card, top_k, geometry), reading=reading)
+
+
+def _told(reading: Reading, card: ModelCard, top_k: int, geometry: Geometry | None) -> Prediction:
     match reading.kind:
         case OutputKind.DETECTION:
             return Prediction(

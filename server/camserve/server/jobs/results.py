@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from camserve.server.errors import CamserveError
 from camserve.server.jobs.inputs import Box, FloatArray, Geometry
-from camserve.server.jobs.readings import Detection
+from camserve.server.jobs.readings import Detection, Reading
 from camserve.server.jobs.specs import Job
 from camserve.server.jobs.words import Compression, Encoding, MapFlag, Polarity, Profile, RuleOutcome, Score
 
@@ -103,11 +103,12 @@ class ClassScore:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the model said: best class first; detections, best first; an embedding."""
+    """What the model said: best class first; detections, best first; an embedding; and all of it as the engine read it."""
 
     classes: tuple[ClassScore, ...] = ()
     detections: tuple[Detection, ...] = ()
     embedding: tuple[float, ...] = ()
+    reading: Reading | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,7 @@ class Spec:
         smoothing: by more passes, or by components.
         saliency: how channels are sent, for methods in input space.
         regions: boxes wanted beside the map, or None.
+        may_compress: whether cells may be compressed on top of their encoding.
     """
 
     index: int
@@ -107,6 +108,7 @@ class Spec:
     smoothing: Smoothing = Smoothing()
     saliency: Saliency = Saliency.COLOUR
     regions: RegionOptions | None = None
+    may_compress: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,121 @@
+"""`inference.GRPCInferenceService`: each call reads its request, asks whoever knows, and makes the reply.
+
+`registration.py` gives the methods to gRPC; `CallInterceptor` is around them as around every call. Nothing of gRPC here but the
+context's deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from importlib.metadata import version
+from typing import Any
+
+from camserve.server.access import current_record
+from camserve.server.errors import CamserveError, ExecutionFailed, InvalidRequest, Reason
+from camserve.server.health import Health
+from camserve.server.models.lifecycle import Lifecycle
+from camserve.server.models.repository import Repository
+from camserve.server.oip import messages, repository
+from camserve.server.oip.inference import Explained, Failed, Inference, Predicted
+from camserve.server.oip.metadata import EXTENSIONS, model_config, model_metadata
+from camserve.server.oip.requests import read_terms
+from camserve.server.oip.tensors import Output, put_output
+
+__all__ = ["InferenceServicer"]
+
+
+class InferenceServicer:
+    """The protocol's calls, by their names.
+
+    Args:
+        models: that are served.
+        lifecycle: loads and unloads them.
+        inference: answers requests.
+        health: of the server.
+    """
+
+    def __init__(self, models: Repository, lifecycle: Lifecycle, inference: Inference, health: Health) -> None:
+        self._models = models
+        self._lifecycle = lifecycle
+        self._inference = inference
+        self._health = health
+
+    async def ServerLive(self, _request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells whether the process works."""
+        return messages.ServerLiveResponse(live=not self._health.stall)
+
+    async def ServerReady(self, _request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells whether requests should be sent."""
+        return messages.ServerReadyResponse(ready=not self._health.why_not_ready())
+
+    async def ModelReady(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells whether a model answers; of one that is not known, that it does not."""
+        try:
+            self._models.get(request.name, request.version)
+        except CamserveError:
+            return messages.ModelReadyResponse(ready=False)
+        return messages.ModelReadyResponse(ready=not self._health.why_not_ready())
+
+    async def ServerMetadata(self, _request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells name, version and extensions."""
+        return messages.ServerMetadataResponse(name="camserve", version=version("camserve"), extensions=EXTENSIONS)
+
+    async def ModelMetadata(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells a model's inputs and outputs."""
+        card = self._models.get(_named(request), request.version).card
+        versions = [slot.version for slot in self._models.slots(card.name) if slot.served is not None]
+        return model_metadata(card, versions)
+
+    async def ModelConfig(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells what clients read of a configuration."""
+        return model_config(self._models.get(_named(request), request.version).card)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Answers with every output at once; a heatmap that cannot be made fails the call."""
+        record = current_record()
+        terms = read_terms(request)
+        record.request_id = terms.request_id
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        predicted: Predicted | None = None
+        outputs: dict[str, Output] = {}
+        async with contextlib.aclosing(self._inference.steps(request, terms, record, deadline)) as steps:
+            async for step in steps:
+                match step:
+                    case Predicted():
+                        predicted = step
+                        outputs |= {output.name: output for output in step.outputs}
+                    case Explained():
+                        outputs[step.output.name] = step.output
+                    case Failed():
+                        raise step.error
+        if predicted is None:
+            raise ExecutionFailed(Reason.INTERNAL, "this is a bug: an answer ended without a prediction")
+        card = predicted.model.card
+        response = messages.ModelInferResponse(model_name=card.name, model_version=card.version, id=request.id)
+        for wanted in predicted.asked.outputs:
+            put_output(response, outputs[wanted.name])
+        return response
+
+    async def RepositoryIndex(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Lists every version of every model."""
+        return repository.index(self._models, request)
+
+    async def RepositoryModelLoad(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Loads a model and answers when it serves."""
+        named = repository.named(request)
+        await self._lifecycle.load(named.model, named.version)
+        return messages.RepositoryModelLoadResponse(model_name=named.model, is_loaded=True)
+
+    async def RepositoryModelUnload(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Unloads a model and answers when its memory is free."""
+        named = repository.named(request)
+        await self._lifecycle.unload(named.model, named.version)
+        return messages.RepositoryModelUnloadResponse(model_name=named.model, is_unloaded=True)
+
+
+def _named(request: Any) -> str:
+    if not request.name:
+        raise InvalidRequest(Reason.FIELD_INVALID, "name is required; RepositoryIndex tells the names", field="name")
+    return str(request.name)
