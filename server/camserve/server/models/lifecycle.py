@@ -1,8 +1,8 @@
 """How models come and go while a server serves: every load, reload and unload, and what is told of them.
 
 `app.py` lets it load what the server starts with, `service.py` hands it LoadModel and UnloadModel, `watching.py` the names of
-models whose folder has changed. It alone changes the `Repository`. Lives on the event loop; models are loaded in a thread of
-their own, and warmed up on the device thread.
+models whose folder has changed. It alone changes the `Repository`; `stock.py` tells it what there is to load, `by_hand.py` what a
+folder should come to. Lives on the event loop; models are loaded in a thread of their own, and warmed up on the device thread.
 """
 
 from __future__ import annotations
@@ -21,17 +21,12 @@ from camserve.server.engine.program import Program
 from camserve.server.engine.turns import InTurn
 from camserve.server.errors import CamserveError, NotFound, Overloaded, Reason, Unavailable, Unsupported
 from camserve.server.models.budget import Budget, Holder
+from camserve.server.models.by_hand import ByHand
 from camserve.server.models.loading import LoadingThread, OnDevice
 from camserve.server.models.memory import give_back
 from camserve.server.models.repository import ModelState, Repository, ServedModel
-from camserve.server.models.sources import (
-    ModelFolder,
-    ModelSource,
-    files_of,
-    is_model_name,
-    read_folder,
-    version_order,
-)
+from camserve.server.models.sources import ModelFolder, ModelSource, files_of
+from camserve.server.models.stock import Stock
 
 __all__ = ["Lifecycle", "Witness"]
 
@@ -101,10 +96,8 @@ class Lifecycle:
     ) -> None:
         self._repository = repository
         self._first = list(sources)
-        self._given = {
-            (source.name, source.version): source for source in sources if source.folder is None or root is None
-        }
-        self._root = root
+        self._stock = Stock(sources, root=root)
+        self._by_hand = ByHand()
         self._load_source = load
         self._on_device = on_device
         self._witness = witness
@@ -112,9 +105,6 @@ class Lifecycle:
         self._thread = LoadingThread()
         self._numbers = itertools.count(1)
         self._files: dict[tuple[str, str], Hashable] = {}
-        # What somebody loaded or unloaded by name stays so, whatever the folder's policy says.
-        self._kept: set[tuple[str, str]] = set()
-        self._kept_away: set[tuple[str, str]] = set()
         self._works: dict[tuple[str, str], _Work] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
@@ -146,17 +136,15 @@ class Lifecycle:
         """
         self._check_open()
         if version:
-            source = await self._source(name, version)
-            self._kept_away.discard((name, source.version))
+            source = await self._stock.source(name, version, served_as=self._repository.version(name, version))
+            self._by_hand.ask(name, source.version)
             one = await self._loaded(source)
-            self._kept.add((name, source.version))
+            self._by_hand.keep(name, source.version)
             return one
-        for by_hand in (self._kept, self._kept_away):
-            by_hand.difference_update([key for key in by_hand if key[0] == name])
-        given = [source for (given_name, _), source in self._given.items() if given_name == name]
-        if given:
+        self._by_hand.leave_to_policy(name)
+        if given := self._stock.given(name):
             return (await self._all_loaded(given))[-1]
-        folder = await self._folder(name)
+        folder = await self._stock.folder(name)
         if not self._repository.slots(name):
             self._repository.set_labels(name, folder.labels)
         served = await self._all_loaded(folder.wanted)
@@ -177,8 +165,7 @@ class Lifecycle:
         if not slots or (version and named not in {slot.version for slot in slots}):
             self._repository.get(name, version)  # Raises: it knows what there is.
         leaving = [slot.version for slot in slots if not version or slot.version == named]
-        self._kept.difference_update((name, other) for other in leaving)
-        self._kept_away.update((name, other) for other in leaving)
+        self._by_hand.keep_away(name, leaving)
         await self._all(self._unloaded(name, other) for other in leaving)
 
     async def follow(self, name: str) -> None:
@@ -186,11 +173,11 @@ class Lifecycle:
 
         Never raises for a model's sake: what cannot be loaded is told on its slot, what cannot even be read in the log.
         """
-        if self._root is None or self._is_closed or any(given == name for given, _ in self._given):
+        if self._is_closed or not self._stock.is_followed(name):
             return
         with contextlib.suppress(Unavailable):
             try:
-                folder = await self._folder(name)
+                folder = await self._stock.folder(name)
             except NotFound:
                 await self._all(self._unloaded(name, slot.version) for slot in self._repository.slots(name))
                 return
@@ -203,20 +190,15 @@ class Lifecycle:
         name = folder.name
         if not self._repository.slots(name):
             self._repository.set_labels(name, folder.labels)
-        kept = {version for kept_name, version in self._kept if kept_name == name}
-        wanted = {source.version for source in folder.wanted} | (kept & folder.sources.keys())
         has_all = True
-        for version in sorted(wanted, key=version_order):
-            if (name, version) in self._kept_away:
-                continue
+        for source in self._by_hand.to_load(folder):
             try:
-                await self._loaded(folder.sources[version])
+                await self._loaded(source)
             except (Unsupported, Overloaded):
                 has_all = False
         if has_all:
             self._repository.set_labels(name, folder.labels)
-        # What is no longer in the folder goes in any case; what the policy drops only when all that it asks for is there.
-        staying = wanted if has_all else set(folder.sources)
+        staying = self._by_hand.may_stay(folder, has_all=has_all)
         await self._all(
             self._unloaded(name, slot.version)
             for slot in self._repository.slots(name)
@@ -236,48 +218,6 @@ class Lifecycle:
     def _check_open(self) -> None:
         if self._is_closed:
             raise Unavailable(Reason.DRAINING, "the server is shutting down; send the request to another replica")
-
-    # What is in the repository's folder. Folders may lie on a network, so that they are read elsewhere than on the event loop.
-
-    async def _source(self, name: str, version: str) -> ModelSource:
-        """The source of one version, or of that which a label names."""
-        given = self._given.get((name, self._repository.version(name, version)))
-        if given is not None:
-            return given
-        folder = await self._folder(name)
-        source = folder.sources.get(folder.labels.get(version, version))
-        if source is None:
-            raise NotFound(
-                Reason.VERSION_NOT_FOUND,
-                f"the repository has no version {version!r} of model {name!r}; it has: {', '.join(folder.sources)}",
-                field="version",
-                metadata={"model": name, "version": version},
-            )
-        return source
-
-    async def _folder(self, name: str) -> ModelFolder:
-        """What the repository holds of a model."""
-        if self._root is None:
-            known = ", ".join(sorted({given for given, _ in self._given})) or "none"
-            raise Unsupported(
-                Reason.REPOSITORY_MISSING,
-                f"this server has no model repository to load {name!r} from, only what it was started with: {known}; "
-                "start it with --models DIR",
-                field="model",
-                metadata={"model": name, "known": known},
-            )
-        # A name is never joined to a path before it is known to be one.
-        if not is_model_name(name) or not await asyncio.to_thread((self._root / name).is_dir):
-            raise NotFound(
-                Reason.MODEL_NOT_FOUND,
-                f"the repository has no model {name!r}; put it into a folder of that name",
-                field="model",
-                metadata={"model": name},
-            )
-        try:
-            return await asyncio.to_thread(read_folder, self._root / name)
-        except (ValueError, OSError) as error:
-            raise Unsupported(Reason.MODEL_LOAD_FAILED, str(error), metadata={"model": name}) from error
 
     async def _drop_others(self, folder: ModelFolder) -> None:
         """Begins to unload what the policy does not ask for; what is not in the folder either is forgotten afterwards."""
@@ -416,15 +356,12 @@ class Lifecycle:
 
     async def _forget_if_gone(self, name: str, version: str) -> None:
         """An unloaded version stays listed as long as it can be loaded again."""
-        if (name, version) in self._given:
-            return
-        if self._root is None or not await asyncio.to_thread((self._root / name / version).is_dir):
+        if not await self._stock.has(name, version):
             await self._forget(name, version)
 
     async def _forget(self, name: str, version: str) -> None:
         self._repository.forget(name, version)
-        self._kept.discard((name, version))
-        self._kept_away.discard((name, version))
+        self._by_hand.forget(name, version)
         await self._witness.forgotten(name)
 
 
