@@ -461,7 +461,7 @@ def test_the_repository_can_be_asked_and_changed(serve, tmp_path):
 
 def test_a_full_server_is_unavailable(serve, tmp_path):
     """What camserve's own API calls RESOURCE_EXHAUSTED is UNAVAILABLE here, with the same reason and a time to come back."""
-    server = serve(script_source("tiny", TinyNet(), tmp_path), max_requests=1)
+    server = serve(script_source("tiny", TinyNet(), tmp_path), max_requests=1, caller_concurrency=0)
     with grpc.insecure_channel(server.target) as channel, pytest.raises(grpc.RpcError) as caught:
         oip.Stub(channel).ModelInfer(oip.request("tiny", {"input": np.zeros((2, 3, 32, 32), "float32")}))
 

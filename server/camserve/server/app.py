@@ -40,6 +40,7 @@ from camserve.server.models.sources import ModelSource
 from camserve.server.oip import registration
 from camserve.server.oip.inference import Inference
 from camserve.server.oip.servicer import InferenceServicer
+from camserve.server.oip.streams import Streams
 from camserve.server.pages import Pages
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
@@ -149,8 +150,13 @@ class App:
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(self.repository, self.lifecycle), server
         )
-        inference = Inference(self.repository, pipeline, request_limits(settings), self._workers)
-        registration.add_to(server, InferenceServicer(self.repository, self.lifecycle, inference, self._health))
+        inference = Inference(
+            self.repository, pipeline, request_limits(settings), workers=self._workers, turnstile=self.turnstile
+        )
+        streams = Streams(inference, self.turnstile, metrics, self._tracer)
+        registration.add_to(
+            server, InferenceServicer(self.repository, self.lifecycle, inference, streams, self._health)
+        )
         self._health.add_to(server)
         reflection.enable_server_reflection(
             (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server, registration.BothPools()

@@ -1,6 +1,6 @@
 """What can go wrong, said once: every refusal camserve makes is a `CamserveError` that knows its reason.
 
-Any room raises these; `interceptors.py` alone turns them into gRPC statuses. `reason` is the stable, machine-readable part
+Any room raises these; `statuses.py` alone turns them into gRPC statuses. `reason` is the stable, machine-readable part
 and has a twin in `camserve.v1.ErrorReason`; message text is for people and free to change.
 
     CamserveError

@@ -12,23 +12,19 @@ import contextlib
 import functools
 import inspect
 import time
-import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self, TypeAlias, TypeVar
 
 import grpc
-import structlog
 from google.protobuf.message import DecodeError
-from google.rpc import status_pb2
 
 from camserve.server.access import AccessRecord, is_ordinary, open_record
 from camserve.server.callers import anonymous, current_caller, set_caller
 from camserve.server.callers.turnstile import Turnstile
-from camserve.server.errors import CamserveError, DeadlineExceeded, ExecutionFailed, InvalidRequest, Reason
+from camserve.server.errors import DeadlineExceeded, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
-from camserve.server.oip import codes as oip
+from camserve.server.statuses import status_for
 from camserve.server.tracing import UNTRACED, Tracer
-from camserve.server.wire.answers import status_of
 
 __all__ = ["CallInterceptor"]
 
@@ -37,14 +33,10 @@ _Reader: TypeAlias = Callable[[bytes], Any]
 # From what gRPC hands over, one message in bytes or a stream of them, to what a handler takes.
 _Taker: TypeAlias = Callable[[Any], Any]
 
-_log = structlog.get_logger("camserve.calls")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
-# gRPC limits trailers to 8 KiB by default; long names and lists must not turn a refusal into an INTERNAL.
-_TRAILER_BYTES = 7000
 # By then a write to somebody who reads is long over.
 _GRACE_SECONDS = 1.0
-_LONGEST_TEXTS = (1500, 600, 200, 60)
 # Calls that ask a model once each. A stream of requests is counted by its handler, one by one.
 _REQUESTS = frozenset({"/camserve.v1.ExplanationService/Explain", "/inference.GRPCInferenceService/ModelInfer"})
 
@@ -200,46 +192,6 @@ async def _ended(answer: Awaitable[_T], record: AccessRecord, context: Any) -> _
         record.code = context.code().name
         raise
     except Exception as error:  # noqa: BLE001 - every error needs a status
-        status = _status(error, record)
+        status = status_for(error, record)
     await context.abort(_CODES[status.code], status.message, ((_DETAILS_KEY, status.SerializeToString()),))
     raise AssertionError("This is a bug: abort returned")
-
-
-def _status(error: Exception, record: AccessRecord) -> status_pb2.Status:
-    """What the caller is told of an error, noted in the record; what we did not expect is logged."""
-    if not isinstance(error, CamserveError):
-        _log.exception("unexpected error", rpc=record.rpc, request_id=record.request_id, exc_info=error)
-        error = ExecutionFailed(
-            Reason.INTERNAL,
-            f"an internal error; the server's log tells more under request id {record.request_id or 'none'}",
-            metadata={"requestId": record.request_id},
-        )
-    status = _within_trailers(error)
-    if record.rpc.startswith(oip.PREFIX):
-        status = oip.as_expected(status, error.reason)
-    record.code, record.reason, record.message = _CODES[status.code].name, str(error.reason), status.message
-    return status
-
-
-def _within_trailers(error: CamserveError) -> status_pb2.Status:
-    """The error's status, its texts shortened as far as the trailers demand; reason, field and structure always fit."""
-    for longest in _LONGEST_TEXTS:
-        status = status_of(_shortened(error, longest))
-        # The message travels twice: percent-encoded for any client, and inside the details, which travel as base64.
-        encoded_bytes = len(urllib.parse.quote(status.message)) + status.ByteSize() * 4 // 3
-        if encoded_bytes <= _TRAILER_BYTES:
-            break
-    return status
-
-
-def _shortened(error: CamserveError, longest: int) -> CamserveError:
-    def cut(text: str) -> str:
-        return text if len(text) <= longest else text[: longest - 2] + " …"
-
-    return type(error)(
-        error.reason,
-        cut(error.message),
-        field=cut(error.field),
-        metadata={key: cut(value) for key, value in error.metadata.items()},
-        retry_after_seconds=error.retry_after_seconds,
-    )

@@ -33,7 +33,7 @@ class Metrics:
         self.build = Info("camserve_build", "Version of camserve and of torch.", registry=registry)
         self.requests = Counter(
             "camserve_requests_total",
-            "Finished requests by gRPC status code: Explain and ModelInfer.",
+            "Finished requests by gRPC status code: Explain, ModelInfer, and each one of a ModelStreamInfer.",
             ["model", "version", "code"],
             registry=registry,
         )

@@ -18,10 +18,11 @@ from typing import Any, Final, TypeAlias
 from camserve.server import jobs
 from camserve.server.access import AccessRecord
 from camserve.server.callers import current_caller
+from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import CamserveError, InvalidRequest, Reason
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.oip.answers import Maps, heatmap_output, prediction_outputs
-from camserve.server.oip.requests import Asked, Terms, WantedHeatmap, read_request
+from camserve.server.oip.requests import Asked, Terms, WantedHeatmap, all_predictions, read_request
 from camserve.server.oip.rows import RowError, row_events
 from camserve.server.oip.tensors import Output
 from camserve.server.pipeline import Pipeline
@@ -75,16 +76,32 @@ class Inference:
         pipeline: answers jobs.
         limits: on specs and maps.
         workers: where large inputs are read.
+        turnstile: counts the rows of callers.
     """
 
-    def __init__(self, repository: Repository, pipeline: Pipeline, limits: RequestLimits, workers: Executor) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        pipeline: Pipeline,
+        limits: RequestLimits,
+        *,
+        workers: Executor,
+        turnstile: Turnstile,
+    ) -> None:
         self._repository = repository
         self._pipeline = pipeline
         self._limits = limits
         self._workers = workers
+        self._turnstile = turnstile
 
     async def steps(
-        self, request: Any, terms: Terms, record: AccessRecord, deadline: float | None
+        self,
+        request: Any,
+        terms: Terms,
+        record: AccessRecord,
+        deadline: float | None,
+        *,
+        always_predicts: bool = False,
     ) -> AsyncGenerator[Step, None]:
         """Yields the prediction, then each heatmap or its failure as they come.
 
@@ -93,6 +110,7 @@ class Inference:
             terms: of it.
             record: of the call or the request; filled in.
             deadline: of the call, monotonic seconds.
+            always_predicts: whether the prediction comes with all its outputs where only heatmaps are asked for.
 
         Raises:
             CamserveError: the request as a whole cannot be answered.
@@ -124,16 +142,27 @@ class Inference:
         record.specs, record.lane = len(first.specs), first.lane
         record.deadline = math.inf if first.deadline is None else first.deadline
         try:
-            async with contextlib.aclosing(self._steps(asked, model, record)) as steps:
-                async for step in steps:
-                    yield step
+            with contextlib.ExitStack() as counted:
+                # One request of the caller's was counted with the call; each further row is one as well.
+                for _ in asked.jobs[1:]:
+                    counted.enter_context(self._turnstile.request(first.caller))
+                async with contextlib.aclosing(self._steps(asked, model, record, always_predicts)) as steps:
+                    async for step in steps:
+                        yield step
         except RowError as failed:
             error = failed.__cause__
             if isinstance(error, CamserveError):
                 raise asked.at_request(error, failed.row) from None
             raise error or failed from None
 
-    async def _steps(self, asked: Asked, model: ServedModel, record: AccessRecord) -> AsyncGenerator[Step, None]:
+    async def _steps(
+        self,
+        asked: Asked,
+        model: ServedModel,
+        record: AccessRecord,
+        always_predicts: bool,  # noqa: FBT001 - as in `steps`
+    ) -> AsyncGenerator[Step, None]:
+        predictions = asked.predictions or (all_predictions(model.card) if always_predicts else ())
         said: dict[int, jobs.Prediction] = {}
         wanted = {output.spec.index: output for output in asked.heatmaps}
         maps = {index: Maps(len(asked.jobs)) for index in wanted}
@@ -145,7 +174,7 @@ class Inference:
                         said[row] = event
                         if len(said) == len(asked.jobs):
                             rows = [said[place] for place in range(len(said))]
-                            outputs = prediction_outputs(asked.predictions, rows, model.card)
+                            outputs = prediction_outputs(predictions, rows, model.card)
                             yield Predicted(asked=asked, model=model, outputs=tuple(outputs))
                             for step in held:
                                 yield step

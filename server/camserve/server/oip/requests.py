@@ -29,6 +29,7 @@ __all__ = [
     "Terms",
     "WantedHeatmap",
     "WantedPrediction",
+    "all_predictions",
     "read_request",
     "read_terms",
 ]
@@ -300,12 +301,17 @@ def read_request(
     return asked
 
 
+def all_predictions(card: ModelCard) -> tuple[WantedPrediction, ...]:
+    """Every output of the model's own."""
+    return tuple(WantedPrediction(name=name) for name in PREDICTIONS[card.output_kind])
+
+
 def _outputs(
     request: Any, terms: Terms, card: ModelCard, limits: RequestLimits
 ) -> tuple[WantedPrediction | WantedHeatmap, ...]:
     known = PREDICTIONS[card.output_kind]
     if not request.outputs:
-        return tuple(WantedPrediction(name=name) for name in known)
+        return all_predictions(card)
     check_size(sum(output.name.startswith(HEATMAP) for output in request.outputs), limits)
     wanted: dict[str, WantedPrediction | WantedHeatmap] = {}
     specs = 0

@@ -7,7 +7,9 @@ context's deadline.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +22,7 @@ from camserve.server.oip import messages, repository
 from camserve.server.oip.inference import Explained, Failed, Inference, Predicted
 from camserve.server.oip.metadata import EXTENSIONS, model_config, model_metadata
 from camserve.server.oip.requests import read_terms
+from camserve.server.oip.streams import Streams, Surroundings
 from camserve.server.oip.tensors import Output, put_output
 
 __all__ = ["InferenceServicer"]
@@ -32,13 +35,17 @@ class InferenceServicer:
         models: that are served.
         lifecycle: loads and unloads them.
         inference: answers requests.
+        streams: answers streams of them.
         health: of the server.
     """
 
-    def __init__(self, models: Repository, lifecycle: Lifecycle, inference: Inference, health: Health) -> None:
+    def __init__(
+        self, models: Repository, lifecycle: Lifecycle, inference: Inference, streams: Streams, health: Health
+    ) -> None:
         self._models = models
         self._lifecycle = lifecycle
         self._inference = inference
+        self._streams = streams
         self._health = health
 
     async def ServerLive(self, _request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
@@ -76,11 +83,12 @@ class InferenceServicer:
         record = current_record()
         terms = read_terms(request)
         record.request_id = terms.request_id
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        request_id, deadline = request.id, _deadline(context)
         predicted: Predicted | None = None
         outputs: dict[str, Output] = {}
-        async with contextlib.aclosing(self._inference.steps(request, terms, record, deadline)) as steps:
+        steps = self._inference.steps(request, terms, record, deadline)
+        del request  # Pictures are large; what is left of them is in the jobs.
+        async with contextlib.aclosing(steps):
             async for step in steps:
                 match step:
                     case Predicted():
@@ -93,10 +101,28 @@ class InferenceServicer:
         if predicted is None:
             raise ExecutionFailed(Reason.INTERNAL, "this is a bug: an answer ended without a prediction")
         card = predicted.model.card
-        response = messages.ModelInferResponse(model_name=card.name, model_version=card.version, id=request.id)
+        response = messages.ModelInferResponse(model_name=card.name, model_version=card.version, id=request_id)
         for wanted in predicted.asked.outputs:
             put_output(response, outputs[wanted.name])
         return response
+
+    async def ModelStreamInfer(  # noqa: N802 - the name is the protocol's
+        self, requests: AsyncIterator[Any], context: Any
+    ) -> AsyncIterator[Any]:
+        """Answers any number of requests as they finish; see `streams.py`."""
+        record, metadata = current_record(), tuple(context.invocation_metadata() or ())
+        deadline = _deadline(context)
+        record.deadline = math.inf if deadline is None else deadline
+        around = Surroundings(
+            rpc=record.rpc,
+            peer=record.peer,
+            metadata=metadata,
+            deadline=deadline,
+            ends_on_error=dict(metadata).get("triton_grpc_error") == "true",
+        )
+        async with contextlib.aclosing(self._streams.replies(requests, around)) as replies:
+            async for reply in replies:
+                yield reply
 
     async def RepositoryIndex(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
         """Lists every version of every model."""
@@ -113,6 +139,11 @@ class InferenceServicer:
         named = repository.named(request)
         await self._lifecycle.unload(named.model, named.version)
         return messages.RepositoryModelUnloadResponse(model_name=named.model, is_unloaded=True)
+
+
+def _deadline(context: Any) -> float | None:
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def _named(request: Any) -> str:
