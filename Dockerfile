@@ -1,8 +1,10 @@
 # The image of a camserve server.
 #   docker build -t camserve .                                  torch's CUDA build; runs on CPU too
 #   docker build -t camserve --build-arg TORCH_BACKEND=cpu .    gigabytes smaller; CPU only
-#   docker run -p 50051:50051 -p 8002:8002 camserve             the shipped demo model
-#   docker run --gpus all -p 50051:50051 -v "$PWD/models:/models:ro" camserve
+#   docker run -p 127.0.0.1:50051:50051 -e CAMSERVE_ALLOW_ANONYMOUS=true camserve    the shipped demo model, for this machine
+#   docker run --gpus all -p 50051:50051 -v "$PWD/models:/models:ro" -v "$PWD/secrets:/secrets:ro" \
+#     -e CAMSERVE_CALLERS=/secrets/callers.toml -e CAMSERVE_TLS_CERTIFICATE=/secrets/server.pem \
+#     -e CAMSERVE_TLS_KEY=/secrets/server.key camserve
 # TORCH_BACKEND takes what uv's --torch-backend takes: cpu, or a CUDA release for older drivers, such as cu126.
 
 ARG PYTHON_IMAGE=python:3.13.16-slim-trixie
@@ -39,7 +41,9 @@ COPY --from=build /opt/camserve /opt/camserve
 COPY --chmod=0755 deploy/container/start deploy/container/healthcheck.py /usr/local/lib/camserve/
 
 # Logs for machines; a file system that is read-only except for /tmp is enough.
-ENV CAMSERVE_LOG_FORMAT=json \
+# Within a container, loopback is reached by nobody; so the server asks for callers or for CAMSERVE_ALLOW_ANONYMOUS.
+ENV CAMSERVE_LISTEN=0.0.0.0:50051 \
+    CAMSERVE_LOG_FORMAT=json \
     HOME=/tmp \
     PATH=/opt/camserve/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

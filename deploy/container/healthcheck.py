@@ -12,7 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 
-_DEFAULT_LISTEN = "0.0.0.0:50051"
+_DEFAULT_LISTEN = "127.0.0.1:50051"
 _DEFAULT_METRICS_LISTEN = "0.0.0.0:8002"
 _TIMEOUT_SECONDS = 3.0
 

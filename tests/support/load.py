@@ -114,7 +114,9 @@ def served(archive: Path, size: int, log: Path, **settings: object) -> Iterator[
         log: where its lines go.
         settings: by name, such as `slice_seconds=0.02`.
     """
-    server = started(["--model", f"net={archive}", "--size", str(size), "--listen", "[::]:0"], log, **settings)
+    server = started(
+        ["--model", f"net={archive}", "--size", str(size), "--listen", "[::]:0", "--allow-anonymous"], log, **settings
+    )
     with contextlib.closing(server):
         yield server
 

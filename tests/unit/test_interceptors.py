@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from support.cards import card
 
 from camserve.server.access import current_record
-from camserve.server.callers import CallerLimits, current_caller
+from camserve.server.callers import CallerLimits, Guard, current_caller
 from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import (
     CamserveError,
@@ -45,6 +45,9 @@ DETAILS = {
     )
 }
 
+# The methods below are none of ours; anybody may call them.
+GUARD = Guard(role_of={f"/camserve.v1.Test/{method}": None for method in ("Unary", "Explain", "Chat")})
+
 
 class Service:
     """A server with one unary and one streaming method, both doing what the test says, and those that take streams."""
@@ -52,7 +55,9 @@ class Service:
     def __init__(self) -> None:
         self.metrics = Metrics()
         turnstile = Turnstile(lambda _: CallerLimits(), self.metrics)
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, turnstile, write_seconds=60)])
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(self.metrics, turnstile, guard=GUARD, write_seconds=60)]
+        )
 
     async def start(self, unary: Handler, stream: Handler, chat: Handler | None = None) -> grpc.aio.Channel:
         """Serves and connects. Logs as JSON; configured here because pytest captures a test apart from its fixtures."""

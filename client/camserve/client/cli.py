@@ -15,6 +15,7 @@ _LATER: Final = {"bench": "camserve.client.bench.command"}
 _TOLD: Final = {
     "bench": "Offer load to a server and tell how it fares.",
     "demo": "Explain the sample images with the shipped model and write a report.",
+    "keys": "Make, list and revoke the API keys of a server's callers.",
     "methods": "List the methods of explanation, or show one in full.",
     "serve": "Serve models over gRPC.",
 }

@@ -80,6 +80,8 @@ class AccessRecord:
         self.trace.end(code=self.code, reason=self.reason, message=self.message, facts=_told(known))
         if self.is_streamed or self.rpc.endswith(_REQUESTS):
             metrics.requests.labels(self.model, self.version, self.code).inc()
+        if self.code in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
+            metrics.refused_callers.labels(self.reason).inc()
         fields: dict[str, str | float] = {
             "rpc": self.rpc,
             "code": self.code,

@@ -20,8 +20,11 @@ import torch
 from grpc_reflection.v1alpha import reflection
 
 from camserve.server.announcements import Announcements
+from camserve.server.callers.health_names import check_health_name
+from camserve.server.callers.reloaded import follow
 from camserve.server.callers.turnstile import Turnstile
 from camserve.server.connections import connection_options
+from camserve.server.credentials import credentials_of
 from camserve.server.decode import DecodeLimits
 from camserve.server.dispatch import dispatch
 from camserve.server.door import Door, DoorLimits
@@ -30,6 +33,7 @@ from camserve.server.health import SERVICES, Health
 from camserve.server.heartbeat import Heartbeat
 from camserve.server.interceptors import CallInterceptor
 from camserve.server.jobs import Lane
+from camserve.server.listening import open_port
 from camserve.server.loading import load_served, request_limits
 from camserve.server.metrics import Metrics
 from camserve.server.models.budget import Budget
@@ -78,13 +82,14 @@ class App:
 
     def __init__(self, settings: Settings, sources: Sequence[ModelSource]) -> None:
         self.settings = settings
+        self._credentials = credentials_of(settings)
         self.metrics = Metrics()
         self.repository = Repository(sources)
         self.device = resolve_device(settings.device)
         self.port = 0
         self.metrics_port = 0
         self._sources = list(sources)
-        self._health = Health()
+        self._health = Health(check_health_name)
         self._heartbeat = Heartbeat()
         self._tracer = tracer_of(os.environ)
         self._runner = Runner(self.metrics, settings.torch_threads, self._heartbeat, self._tracer)
@@ -93,6 +98,7 @@ class App:
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
         self._watching: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self.broken = asyncio.Event()
 
     async def start(self) -> None:
@@ -140,7 +146,13 @@ class App:
         )
         server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(metrics, self.turnstile, write_seconds=settings.write_seconds, tracer=self._tracer)
+                CallInterceptor(
+                    metrics,
+                    self.turnstile,
+                    guard=self._credentials.guard,
+                    write_seconds=settings.write_seconds,
+                    tracer=self._tracer,
+                )
             ],
             options=connection_options(settings),
         )
@@ -162,7 +174,7 @@ class App:
             (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server, registration.BothPools()
         )
         await self._health.set_server(is_serving=False)
-        self.port = server.add_insecure_port(settings.listen)
+        self.port = open_port(server, settings.listen, self._credentials.tls)
         watchdog = Watchdog(
             self._heartbeat,
             loop=asyncio.get_running_loop(),
@@ -182,6 +194,9 @@ class App:
             self._closing.callback(pages.close)
         await server.start()
         self._server = server
+        if self._credentials.files:
+            following = follow(self._credentials.files, metrics)
+            self._following = asyncio.create_task(following, name="camserve-credentials")
         self._dispatching = asyncio.create_task(dispatch(queue, self._runner), name="camserve-dispatch")
         self._dispatching.add_done_callback(self._when_dispatch_ends)
 
@@ -239,6 +254,9 @@ class App:
                 await self._door.wait_until_quiet(_QUIET_SECONDS, most_seconds=_LONGEST_QUIET_SECONDS)
         # Answers on their way out get a moment; whoever is still inside now is cancelled.
         await self._server.stop(grace=1.0)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait({self._following})
         self._dispatching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._dispatching

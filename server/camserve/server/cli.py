@@ -23,6 +23,7 @@ Examples:
   camserve serve --model torchvision:resnet50           pretrained weights, needs a network
   camserve serve --model torchvision:resnet50 --random-weights 0
   camserve serve --models /srv/models --max-batch-rows 32 --log-format json
+  camserve serve --listen 0.0.0.0:50051 --callers callers.toml --tls-certificate server.pem --tls-key server.key
   camserve serve --config camserve.toml --print-config  what would be set, and by whom
 
 Every setting can also be given as CAMSERVE_<NAME> or in the file named by --config.
@@ -52,7 +53,24 @@ Every setting can also be given as CAMSERVE_<NAME> or in the file named by --con
     help="Compile explanations of --model in the background; needs a C++ compiler.",
 )
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file of settings.")
-@click.option("--listen", help="Address for gRPC.  [default: 0.0.0.0:50051]")
+@click.option("--listen", help="Address for gRPC.  [default: 127.0.0.1:50051]")
+@click.option(
+    "--callers",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of API keys and client certificates; see `camserve keys`.",
+)
+@click.option(
+    "--tls-certificate", type=click.Path(path_type=Path, dir_okay=False), help="The server's certificate, PEM."
+)
+@click.option("--tls-key", type=click.Path(path_type=Path, dir_okay=False), help="File of its private key, PEM.")
+@click.option(
+    "--tls-client-ca",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Authorities of clients, PEM: asks each for a certificate.",
+)
+@click.option(
+    "--allow-anonymous", is_flag=True, default=None, help="Let callers without credentials explain, from anywhere."
+)
 @click.option("--metrics-listen", help="Address for the metrics page; empty for none.  [default: 0.0.0.0:8002]")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
 @click.option("--max-batch-rows", type=int, help="Most rows in one pass.  [default: 16]")

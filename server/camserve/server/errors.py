@@ -9,6 +9,8 @@ and has a twin in `camserve.v1.ErrorReason`; message text is for people and free
     ├── Unsupported           right in itself, but this model or this version of camserve cannot do it
     ├── Overloaded            no room now; `retry_after_seconds` says when to try again
     ├── Unavailable           draining or still loading
+    ├── Unauthenticated       who calls is not known: credentials are missing, wrong or over
+    ├── PermissionDenied      who calls is known, and may not
     ├── DeadlineExceeded      the caller's time is over, or cannot suffice
     └── ExecutionFailed       the model or a method failed on this row
 """
@@ -27,7 +29,9 @@ __all__ = [
     "InvalidRequest",
     "NotFound",
     "Overloaded",
+    "PermissionDenied",
     "Reason",
+    "Unauthenticated",
     "Unavailable",
     "Unsupported",
     "at_field",
@@ -68,6 +72,11 @@ class Reason(enum.StrEnum):
     MODEL_MEMORY_EXHAUSTED = "MODEL_MEMORY_EXHAUSTED"
     RATE_LIMITED = "RATE_LIMITED"
     TOO_MANY_CONCURRENT = "TOO_MANY_CONCURRENT"
+    CREDENTIALS_MISSING = "CREDENTIALS_MISSING"
+    CREDENTIALS_INVALID = "CREDENTIALS_INVALID"
+    CREDENTIALS_EXPIRED = "CREDENTIALS_EXPIRED"
+    CREDENTIALS_NOT_YET_VALID = "CREDENTIALS_NOT_YET_VALID"
+    ROLE_MISSING = "ROLE_MISSING"
 
 
 class CamserveError(Exception):
@@ -131,6 +140,14 @@ class Overloaded(CamserveError):
 
 class Unavailable(CamserveError):
     """The server or the model is not taking requests: draining, or not loaded yet."""
+
+
+class Unauthenticated(CamserveError):
+    """Who calls is not known. The text never holds what was sent."""
+
+
+class PermissionDenied(CamserveError):
+    """Who calls is known, and may not do this."""
 
 
 class DeadlineExceeded(CamserveError):

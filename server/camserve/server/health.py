@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -26,11 +26,15 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the libra
     says. Changed on the event loop, read from any thread. Our own, since the library's forgets the other watchers of a name when
     one leaves.
 
+    Args:
+        check: raises a CamserveError if the current caller may not ask for a name.
+
     Attributes:
         stall: why the server hangs, or empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[str], None] = lambda _name: None) -> None:
+        self._check = check
         self._is_serving: dict[str, bool] = {}
         self._is_draining = False
         self._changed = asyncio.Event()
@@ -75,6 +79,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the libra
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> health_pb2.HealthCheckResponse:
         """Tells how a name is."""
+        self._check(request.service)
         status = self._status(request.service)
         if status == _Status.SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service or model")
@@ -84,6 +89,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the libra
         self, request: health_pb2.HealthCheckRequest, _context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Tells how a name is, and again whenever that changes."""
+        self._check(request.service)
         told = None
         while True:
             changed = self._changed

@@ -19,9 +19,9 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from camserve.server.access import AccessRecord, is_ordinary, open_record
-from camserve.server.callers import anonymous, current_caller, set_caller
+from camserve.server.callers import Caller, Guard, current_caller, set_caller
 from camserve.server.callers.turnstile import Turnstile
-from camserve.server.errors import DeadlineExceeded, InvalidRequest, Reason
+from camserve.server.errors import CamserveError, DeadlineExceeded, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.statuses import status_for
 from camserve.server.tracing import UNTRACED, Tracer
@@ -45,11 +45,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     """Records, logs, counts callers and translates."""
 
     def __init__(
-        self, metrics: Metrics, turnstile: Turnstile, *, write_seconds: float, tracer: Tracer = UNTRACED
+        self,
+        metrics: Metrics,
+        turnstile: Turnstile,
+        *,
+        guard: Guard,
+        write_seconds: float,
+        tracer: Tracer = UNTRACED,
     ) -> None:
         self._metrics = metrics
         self._turnstile = turnstile
         self._write_seconds = write_seconds
+        self._guard = guard
         self._tracer = tracer
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
@@ -58,17 +65,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if handler is None:
             return handler
         rpc, read, write = handler_call_details.method, handler.request_deserializer, handler.response_serializer
+        try:
+            caller = self._guard.at_the_gate(rpc, handler_call_details.invocation_metadata or ())
+        except CamserveError as refusal:
+            # As a stream, whatever the rpc is: gRPC then receives nothing of what is sent before it is refused.
+            return grpc.stream_stream_rpc_method_handler(self._refusing(rpc, refusal))
         # Messages are read here and not by gRPC, which says UNKNOWN where one cannot be.
         take = functools.partial(_Messages if handler.request_streaming else _read, read=read, rpc=rpc)
+        streaming = functools.partial(self._streaming, rpc, caller, take)
+        unary = functools.partial(self._unary, rpc, caller, take)
         if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(self._streaming(rpc, take, handler.stream_stream), None, write)
+            return grpc.stream_stream_rpc_method_handler(streaming(handler.stream_stream), None, write)
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(self._unary(rpc, take, handler.stream_unary), None, write)
+            return grpc.stream_unary_rpc_method_handler(unary(handler.stream_unary), None, write)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._streaming(rpc, take, handler.unary_stream), None, write)
-        return grpc.unary_unary_rpc_method_handler(self._unary(rpc, take, handler.unary_unary), None, write)
+            return grpc.unary_stream_rpc_method_handler(streaming(handler.unary_stream), None, write)
+        return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary), None, write)
 
-    def _streaming(self, rpc: str, take: _Taker, inner: Callable[..., Any]) -> Callable[..., Awaitable[None]]:
+    def _refusing(self, rpc: str, refusal: CamserveError) -> Callable[..., Awaitable[None]]:
+        async def answer(_sent: Any, _record: AccessRecord, _context: Any) -> None:
+            raise refusal
+
+        return self._around(rpc, answer)
+
+    def _streaming(
+        self, rpc: str, caller: Caller | None, take: _Taker, inner: Callable[..., Any]
+    ) -> Callable[..., Awaitable[None]]:
         async def answer(sent: Any, record: AccessRecord, context: Any) -> None:
             messages = inner(take(sent), context)
             if inspect.isasyncgen(messages):
@@ -78,26 +100,43 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             else:
                 await messages  # The health service's Watch writes to the context instead of yielding.
 
-        return self._around(rpc, answer)
+        return self._around(rpc, self._known(rpc, caller, answer))
 
-    def _unary(self, rpc: str, take: _Taker, inner: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    def _unary(
+        self, rpc: str, caller: Caller | None, take: _Taker, inner: Callable[..., Any]
+    ) -> Callable[..., Awaitable[Any]]:
         async def answer(sent: Any, _record: AccessRecord, context: Any) -> Any:
             given = inner(take(sent), context)
             return await given if asyncio.iscoroutine(given) else given
 
-        return self._around(rpc, answer)
+        return self._around(rpc, self._known(rpc, caller, answer))
+
+    def _known(
+        self, rpc: str, caller: Caller | None, answer: Callable[[Any, AccessRecord, Any], Awaitable[_T]]
+    ) -> Callable[[Any, AccessRecord, Any], Awaitable[_T]]:
+        """The same, as a call of somebody who may call this; refused before its message is parsed."""
+        answer = self._counted(answer) if rpc in _REQUESTS else answer
+
+        async def known(sent: Any, record: AccessRecord, context: Any) -> _T:
+            found = self._guard.inside(rpc, caller, peer=record.peer, connection=context.auth_context)
+            set_caller(found)
+            if found.how != "anonymous":
+                record.caller = found.name
+            given = answer(sent, record, context)
+            del sent
+            return await given
+
+        return known
 
     def _around(
         self, rpc: str, answer: Callable[[Any, AccessRecord, Any], Awaitable[_T]]
     ) -> Callable[..., Awaitable[_T]]:
         tracer = self._tracer if is_ordinary(rpc) else UNTRACED
-        answer = self._counted(answer) if rpc in _REQUESTS else answer
 
         async def call(sent: Any, context: Any) -> _T:
             trace = tracer.request(rpc, context.invocation_metadata() or ())
             record = AccessRecord(rpc=rpc, peer=context.peer(), trace=trace)
             open_record(record)
-            set_caller(anonymous(record.peer))
             try:
                 given = answer(sent, record, context)
                 del sent

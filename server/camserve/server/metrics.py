@@ -55,6 +55,18 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.refused_callers = Counter(
+            "camserve_refused_callers_total",
+            "Calls refused for who makes them, by the error's reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self.stale_credentials = Gauge(
+            "camserve_stale_credentials",
+            "1 while files of this setting are broken and what they said before stays, else 0.",
+            ["setting"],
+            registry=registry,
+        )
         self.cancelled = Counter(
             "camserve_cancelled_total",
             "Requests whose caller left or whose deadline passed, by the stage they were in.",

@@ -13,9 +13,9 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from camserve.server.callers.limits import CallerLimits
@@ -40,9 +40,42 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="CAMSERVE_", frozen=True, extra="forbid", protected_namespaces=())
 
-    listen: str = Field("0.0.0.0:50051", description="Address and port for gRPC; port 0 picks a free one.")
+    listen: str = Field(
+        "127.0.0.1:50051",
+        description="Address and port for gRPC, or unix:PATH; port 0 picks a free one. Other machines need credentials.",
+    )
     metrics_listen: str = Field(
         "0.0.0.0:8002", description="Address and port for /metrics, /livez and /readyz; empty for none."
+    )
+    callers: Path | None = Field(
+        None,
+        description="File of API keys and client certificates: who may call, and do what; `camserve keys` fills it.",
+    )
+    jwt_keys: Path | None = Field(
+        None, description="Public keys that verify bearer tokens (JWT): a JWKS, or PEM. Callers may then send tokens."
+    )
+    jwt_audience: str | None = Field(None, description="What the aud of a token has to name; required with jwt_keys.")
+    jwt_issuer: str | None = Field(
+        None, description="What the iss of a token has to be; without it any whose key is known."
+    )
+    jwt_roles_claim: str = Field(
+        "roles", min_length=1, description="Where a token has its roles: a claim, or a path such as realm_access.roles."
+    )
+    tls_certificate: Path | None = Field(
+        None,
+        description="The server's certificate, PEM, with those between it and its authority. The port then speaks TLS.",
+    )
+    tls_key: Path | None = Field(None, description="File of its private key, PEM without a password.")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities of clients, PEM: each connection then has to show a certificate (mutual TLS)."
+    )
+    allow_anonymous: bool = Field(
+        default=False,
+        description="Whether callers without credentials get explanations too, from whichever machine they call.",
+    )
+    allow_plaintext: bool = Field(
+        default=False,
+        description="Whether keys and tokens may come over the network without TLS: only behind something that encrypts.",
     )
     repository: Path | None = Field(
         None, description="Model repository: <name>/model.toml and <name>/<version>/model.pt."
@@ -176,10 +209,24 @@ class Settings(BaseSettings):
     def _address(cls, value: str, info: ValidationInfo) -> str:
         if not value and info.field_name == "metrics_listen":
             return value
+        if info.field_name == "listen" and value.startswith("unix:") and len(value) > len("unix:"):
+            return value
         host, _, port = value.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()) or int(port) > _LARGEST_PORT:
             raise ValueError(f"{value!r} is not an address; write host:port, such as 0.0.0.0:50051 or [::]:50051")
         return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.jwt_keys is not None and not self.jwt_audience:
+            raise ValueError(
+                "jwt_keys needs jwt_audience: tokens that were made for other services must not open this one"
+            )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key come together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key: only TLS asks clients for certificates")
+        return self
 
     @field_validator("plan_cache", mode="before")
     @classmethod

@@ -6,7 +6,11 @@ import contextvars
 import dataclasses
 import enum
 
-__all__ = ["Caller", "Role", "anonymous", "current_caller", "set_caller"]
+__all__ = ["Caller", "Role", "anonymous", "current_caller", "name_complaint", "set_caller"]
+
+# How gRPC writes addresses, which are the names of anonymous callers.
+_ADDRESSES = ("ipv4:", "ipv6:", "unix:", "unix-abstract:")
+_LONGEST_NAME = 128
 
 _current: contextvars.ContextVar[Caller] = contextvars.ContextVar("camserve_caller")
 
@@ -29,7 +33,7 @@ class Caller:
     Attributes:
         name: who it is, the same for all of its connections: what shares are counted by.
         roles: what it may do.
-        how: by what it was recognised, such as `anonymous`.
+        how: by what it was recognised: `api-key`, `token`, `certificate` or `anonymous`.
     """
 
     name: str
@@ -46,6 +50,17 @@ def anonymous(peer: str, roles: frozenset[Role] = frozenset(Role)) -> Caller:
     """
     name = peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
     return Caller(name=name, roles=roles, how="anonymous")
+
+
+def name_complaint(name: str) -> str:
+    """Why nobody but a host may be called so, or an empty text. Names stand in logs and share with others by equality."""
+    if not 0 < len(name) <= _LONGEST_NAME:
+        return f"a caller's name has 1 to {_LONGEST_NAME} characters"
+    if not name.isprintable() or name != name.strip():
+        return "a caller's name has printable characters only, and no space around it"
+    if name.startswith(_ADDRESSES):
+        return f"a caller's name does not begin like an address, with {', '.join(_ADDRESSES)}"
+    return ""
 
 
 def set_caller(caller: Caller) -> None:

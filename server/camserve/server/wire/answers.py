@@ -70,6 +70,11 @@ _CODES: Mapping[errors.Reason, Any] = MappingProxyType(
         errors.Reason.MODEL_MEMORY_EXHAUSTED: code_pb2.RESOURCE_EXHAUSTED,
         errors.Reason.RATE_LIMITED: code_pb2.RESOURCE_EXHAUSTED,
         errors.Reason.TOO_MANY_CONCURRENT: code_pb2.RESOURCE_EXHAUSTED,
+        errors.Reason.CREDENTIALS_MISSING: code_pb2.UNAUTHENTICATED,
+        errors.Reason.CREDENTIALS_INVALID: code_pb2.UNAUTHENTICATED,
+        errors.Reason.CREDENTIALS_EXPIRED: code_pb2.UNAUTHENTICATED,
+        errors.Reason.CREDENTIALS_NOT_YET_VALID: code_pb2.UNAUTHENTICATED,
+        errors.Reason.ROLE_MISSING: code_pb2.PERMISSION_DENIED,
     }
 )
 
