@@ -291,3 +291,48 @@ def test_node_by_reflection(node, ours):
     """The server's reflection is all that a client needs: no proto file."""
     assert {"inference.GRPCInferenceService", "camserve.v1.ExplanationService"} <= set(node["services"])
     assert same(ours["one"].heatmaps[0], node["reflected"], "heatmap")
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        pytest.param("blocking", id="triton", marks=pytest.mark.needs_tritonclient),
+        pytest.param("awaited", id="triton-aio", marks=pytest.mark.needs_tritonclient),
+        pytest.param("node", id="node", marks=pytest.mark.needs_node),
+    ],
+)
+class TestStream:
+    """ModelStreamInfer; KServe's client has no call for it."""
+
+    @pytest.fixture
+    def replies(self, request: pytest.FixtureRequest, client: str) -> list[Mapping[str, Any]]:
+        """What came on the stream."""
+        if client == "node":
+            return request.getfixturevalue("node")["stream"]
+        return request.getfixturevalue("triton")[client]["stream"]
+
+    def test_prediction_comes_first(self, replies, ours):
+        """The prediction, then each heatmap by itself, and the last of them says that it is the last."""
+        first = [reply for reply in replies if reply.get("id") == "first"]
+
+        assert {("heatmap:0",), ("heatmap:1",)} == {tuple(reply["outputs"]) for reply in first[1:]}
+        assert ["probabilities"] == list(first[0]["outputs"])
+        assert [False, False, True] == [reply["parameters"].get("triton_final_response", False) for reply in first]
+        for reply in first[1:]:
+            (name,) = reply["outputs"]
+            assert same(ours["several"].heatmaps[int(name[-1])], reply, name)
+
+    def test_errors_leave_the_stream_open(self, replies):
+        """A request that is wrong is told of in its turn; those before and after it are answered."""
+        (error,) = (reply for reply in replies if "message" in reply)
+
+        assert "nobody" in error["message"]
+
+
+@pytest.mark.needs_tritonclient
+def test_triton_empty_final_response(triton):
+    """Who asks for it gets an answer without outputs at the end of a request, which then has the final flag alone."""
+    last = [reply for reply in triton["blocking"]["stream"] if reply.get("id") == "last"]
+
+    assert [["logits", "probabilities"], []] == [list(reply["outputs"]) for reply in last]
+    assert [False, True] == [reply["parameters"].get("triton_final_response", False) for reply in last]

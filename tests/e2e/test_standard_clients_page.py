@@ -52,13 +52,15 @@ def test_our_client(demo_server, folder):
 
 @pytest.mark.needs_tritonclient
 def test_tritonclient(demo_server, folder):
-    """One request prints the best class and two maps."""
-    (example,) = examples("python", demo_server.target, "triton")
+    """One request prints the best class and two maps; the stream prints the prediction before the map."""
+    at_once, streamed = (
+        run("tritonclient", "-c", code, cwd=folder) for code in examples("python", demo_server.target, "triton")
+    )
 
-    best, shapes, label = run("tritonclient", "-c", example, cwd=folder).splitlines()
-
+    best, shapes, label = at_once.splitlines()
     assert re.fullmatch(r"0\.\d+:1:scratch", best)
     assert ("(1, 160, 160) (1, 160, 160)", "scratch") == (shapes, label)
+    assert ["part-4711 ['logits']", "part-4711 ['heatmap']"] == streamed.splitlines()
 
 
 @pytest.mark.needs_kserve

@@ -127,6 +127,19 @@ async function main() {
     parameter: await infer({ outputs: [requested("heatmap", { colour: "red" })] }),
   };
 
+  found.stream = await new Promise((resolve, reject) => {
+    const answers = [];
+    const stream = client.ModelStreamInfer();
+    stream.on("data", ({ error_message: message, infer_response: response }) => {
+      answers.push(message ? { message } : told(response));
+    });
+    stream.on("error", reject);
+    stream.on("end", () => resolve(answers));
+    stream.write(request({ id: "first", outputs: SEVERAL }));
+    stream.write(request({ id: "lost", model_name: "nobody" }));
+    stream.end();
+  });
+
   found.repository = [await states()];
   await call("RepositoryModelUnload", { model_name: "spare" });
   found.repository.push(await states());

@@ -179,6 +179,14 @@ def blocking() -> dict[str, object]:
             except InferenceServerException as error:
                 found["refused"][name] = refused(error)
 
+        answers: queue.Queue = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer(MODEL, tensor(), request_id="first", outputs=SEVERAL)
+        client.async_stream_infer("nobody", tensor(), request_id="lost")
+        client.async_stream_infer(MODEL, tensor(), request_id="last", enable_empty_final_response=True)
+        client.stop_stream()
+        found["stream"] = [told(result) if error is None else refused(error) for result, error in iter_queue(answers)]
+
         found["repository"] = [states(client)]
         client.unload_model("spare")
         found["repository"].append(states(client))
@@ -191,6 +199,11 @@ def blocking() -> dict[str, object]:
         found["repository"].append(states(client))
         found["spare loaded"] = client.is_model_ready("spare")
     return found
+
+
+def iter_queue(filled: queue.Queue) -> list:
+    """What is in a queue to which nobody adds any more."""
+    return [filled.get_nowait() for _ in range(filled.qsize())]
 
 
 def states(client: triton.InferenceServerClient) -> dict[str, str]:
@@ -211,6 +224,14 @@ async def awaited() -> dict[str, object]:
         )
         found["several"] = await answered(client.infer(MODEL, tensor(), outputs=SEVERAL))
         found["refused"] = {name: await answered(client.infer(**asked)) for name, asked in REFUSED.items()}
+
+        async def requests():
+            yield {"model_name": MODEL, "inputs": tensor(), "request_id": "first", "outputs": SEVERAL}
+            yield {"model_name": "nobody", "inputs": tensor(), "request_id": "lost"}
+
+        found["stream"] = [
+            told(result) if error is None else refused(error) async for result, error in client.stream_infer(requests())
+        ]
     return found
 
 
