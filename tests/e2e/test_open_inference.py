@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 from support import oip
 from support.nets import TinyNet
-from support.servers import Metrics, script_source
+from support.servers import Metrics, script_source, until
 
 from camserve.client import Client, Kth, Spec, TensorInput, TopK
 from camserve.server.oip import messages
@@ -64,7 +66,7 @@ def test_the_server_tells_of_itself(stub):
     told = stub.ServerMetadata(oip.message("ServerMetadataRequest"))
     assert "camserve" == told.name
     assert told.version
-    assert {"explain", "parameters", "classification", "model_repository"} <= set(told.extensions)
+    assert {"explain", "parameters", "classification", "model_repository", "statistics"} <= set(told.extensions)
 
 
 def test_models_are_ready_or_not(stub):
@@ -471,3 +473,35 @@ def test_a_full_server_is_unavailable(serve, tmp_path):
     assert any(detail.Unpack(info) for detail in status.details)
     assert any(detail.Unpack(retry) for detail in status.details)
     assert ("QUEUE_FULL", 14) == (info.reason, status.code)
+
+
+async def test_statistics_are_those_of_the_metrics_page(serve, tmp_path):
+    """Rows by passes is the mean batch; what fails is counted apart; versions and models are told one by one."""
+    first, second = script_source("tiny", TinyNet(), tmp_path), script_source("other", TinyNet(), tmp_path)
+    server = serve(first, dataclasses.replace(first, version="2"), second, batch_window_seconds=1)
+    with grpc.insecure_channel(server.target) as channel:
+        stub = oip.Stub(channel)
+
+        def told(**asked: str) -> list[Any]:
+            return list(stub.ModelStatistics(oip.message("ModelStatisticsRequest", **asked)).model_stats)
+
+        rows = np.zeros((4, 3, 32, 32), "float32")
+        stub.ModelInfer(oip.request("tiny", {"input": rows}, ["heatmap"], model_version="1"))
+        with refused(grpc.StatusCode.INVALID_ARGUMENT):
+            stub.ModelInfer(oip.request("tiny", {"input": rows}, {"heatmap": {"target": 9}}, model_version="1"))
+        # The last pass and the last status are written down when their answers are on their way.
+        await until(lambda: (told()[1].inference_count, told()[1].inference_stats.fail.count) == (4, 1))
+        everything, both = told(), told(name="tiny")
+        (one,) = told(name="tiny", version="1")
+        with refused(grpc.StatusCode.NOT_FOUND, "known models: other, tiny"):
+            told(name="nobody")
+
+    assert [("other", "1"), ("tiny", "1"), ("tiny", "2")] == [(entry.name, entry.version) for entry in everything]
+    assert ["1", "2"] == [entry.version for entry in both]
+    assert [0, 4, 0] == [entry.inference_count for entry in everything]
+    assert Metrics(server).value("camserve_batch_rows_count", model="tiny", version="1") == one.execution_count
+    assert (4, 4, 4) == tuple(
+        getattr(one.inference_stats, name).count for name in ("success", "queue", "compute_input")
+    )
+    assert one.inference_stats.compute_infer.ns > 0
+    assert ["CPU"] == [usage.type for usage in one.memory_usage if usage.byte_size > 0]

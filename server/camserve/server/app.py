@@ -167,7 +167,10 @@ class App:
         )
         streams = Streams(inference, self.turnstile, metrics, self._tracer)
         registration.add_to(
-            server, InferenceServicer(self.repository, self.lifecycle, inference, streams, self._health)
+            server,
+            InferenceServicer(
+                self.repository, self.lifecycle, inference, streams, health=self._health, metrics=metrics
+            ),
         )
         self._health.add_to(server)
         reflection.enable_server_reflection(

@@ -91,27 +91,27 @@ class Metrics:
             registry=registry,
         )
         self.request_seconds = self._latency(
-            "camserve_request_seconds", "From arrival of a request to its last message.", ["model"]
+            "camserve_request_seconds", "From arrival of a request to its last message.", ["model", "version"]
         )
         self.first_message_seconds = self._latency(
             "camserve_first_message_seconds", "From arrival of a request to its prediction.", ["model"]
         )
         self.decode_seconds = self._latency(
-            "camserve_decode_seconds", "Decoding and preprocessing of one input.", ["model"]
+            "camserve_decode_seconds", "Decoding and preprocessing of one input.", ["model", "version"]
         )
         self.queue_seconds = self._latency(
-            "camserve_queue_seconds", "From decoded to on the device, one request.", ["model"]
+            "camserve_queue_seconds", "From decoded to on the device, one request.", ["model", "version"]
         )
         self.pass_seconds = self._latency(
             "camserve_pass_seconds",
             "Device time of one shared pass by phase: forward, backward, maps; and of each chunk of amplified work.",
-            ["model", "phase"],
+            ["model", "version", "phase"],
         )
         self.encode_seconds = self._latency("camserve_encode_seconds", "Encoding of one heatmap.", ["encoding"])
         self.batch_rows = Histogram(
             "camserve_batch_rows",
             "Rows in one pass; its count is the number of passes, its sum the rows run.",
-            ["model"],
+            ["model", "version"],
             buckets=COUNT_BUCKETS,
             registry=registry,
         )
@@ -174,8 +174,16 @@ class Metrics:
 
     def forget_version(self, model: str, version: str) -> None:
         """A version is not in memory any more: its series end."""
-        self.model_ready.remove_by_labels({"model": model, "version": version})
-        self.requests.remove_by_labels({"model": model, "version": version})
+        for instrument in (
+            self.requests,
+            self.request_seconds,
+            self.decode_seconds,
+            self.queue_seconds,
+            self.pass_seconds,
+            self.batch_rows,
+            self.model_ready,
+        ):
+            instrument.remove_by_labels({"model": model, "version": version})
 
     def forget_model(self, model: str) -> None:
         """No version of a model is: label values would pile up for as long as the server runs."""

@@ -71,7 +71,7 @@ class Pipeline:
             with clock.stage("decode"), self._queue.announced(demand):
                 work = functools.partial(take_in, job, model.card, self._decode_limits)
                 job, sample = work() if is_quickly_taken_in(job) else await self._in_worker(work, job.deadline)
-            self._metrics.decode_seconds.labels(job.model).observe(sample.decode_seconds)
+            self._metrics.decode_seconds.labels(job.model, job.version).observe(sample.decode_seconds)
             reply = Reply(job.deadline)
             entry = self._queue.put(demand, job, sample, reply, time.monotonic(), trace)
             try:
@@ -92,7 +92,7 @@ class Pipeline:
             )
         queue_seconds = forwarded.started_at - enqueued_at
         clock.was_at("queue", enqueued_at, forwarded.started_at)
-        self._metrics.queue_seconds.labels(job.model).observe(queue_seconds)
+        self._metrics.queue_seconds.labels(job.model, job.version).observe(queue_seconds)
         self._metrics.first_message_seconds.labels(job.model).observe(time.monotonic() - job.received_at)
         yield predict(forwarded.reading, model.card, job.top_k, sample.geometry)
 
@@ -146,7 +146,7 @@ class Pipeline:
 
     def _count_request(self, summary: jobs.Summary) -> None:
         model = summary.job.model
-        self._metrics.request_seconds.labels(model).observe(summary.total_seconds)
+        self._metrics.request_seconds.labels(model, summary.job.version).observe(summary.total_seconds)
         for verdict in summary.rules:
             self._metrics.rules.labels(model, verdict.rule, verdict.outcome).inc()
 

@@ -291,7 +291,7 @@ class Runner:
                     amplified[event.row].append(event)
                 case Closed():
                     facts = facts_of(event.explanations, event, event.backward_seconds)
-                    self._observe(facts, event, card.name)
+                    self._observe(facts, event, card.name, card.version)
                     trace.closed(facts, event.map_seconds, due.depth)
                     done = [entry for row, entry in enumerate(batch) if row not in amplified]
                     deliver(loop, [(entry.reply, facts) for entry in done])
@@ -340,7 +340,7 @@ class Runner:
         else:
             del self._amplified[entry]
             deliver(loop, [(entry.reply, outcome) for outcome in (*outcomes, amplified.facts)])
-        self._metrics.pass_seconds.labels(entry.job.model, "amplified").observe(seconds)
+        self._metrics.pass_seconds.labels(entry.job.model, entry.job.version, "amplified").observe(seconds)
 
     @staticmethod
     def _put_back(queue: DeviceQueue, amplified: _Amplified, chunk_seconds: float) -> None:
@@ -359,13 +359,13 @@ class Runner:
         turn = max(work.chunk_seconds * len(self._amplified), 0.0 if before is None else now - before)
         return now + turn + last_call_seconds(job) > job.deadline
 
-    def _observe(self, facts: PassFacts, closed: Closed, model: str) -> None:
+    def _observe(self, facts: PassFacts, closed: Closed, model: str, version: str) -> None:
         metrics = self._metrics
-        metrics.batch_rows.labels(model).observe(facts.rows)
+        metrics.batch_rows.labels(model, version).observe(facts.rows)
         metrics.explanations_per_pass.labels(model).observe(facts.explanations)
-        metrics.pass_seconds.labels(model, "forward").observe(facts.forward_seconds)
-        metrics.pass_seconds.labels(model, "backward").observe(facts.backward_seconds)
-        metrics.pass_seconds.labels(model, "maps").observe(closed.map_seconds)
+        metrics.pass_seconds.labels(model, version, "forward").observe(facts.forward_seconds)
+        metrics.pass_seconds.labels(model, version, "backward").observe(facts.backward_seconds)
+        metrics.pass_seconds.labels(model, version, "maps").observe(closed.map_seconds)
 
 
 def _request_ids(entries: Sequence[Entry]) -> list[str]:

@@ -21,6 +21,7 @@ EXTENSIONS: Final = (
     "model_repository",
     "parameters",
     "schedule_policy",
+    "statistics",
 )
 _TYPES: Final[Mapping[str, str]] = MappingProxyType({ours: theirs for theirs, ours in DATATYPES.items()})
 _PRIORITIES: Final = 3

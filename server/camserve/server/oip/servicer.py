@@ -16,12 +16,14 @@ from typing import Any
 from camserve.server.access import current_record
 from camserve.server.errors import CamserveError, ExecutionFailed, InvalidRequest, Reason
 from camserve.server.health import Health
+from camserve.server.metrics import Metrics
 from camserve.server.models.lifecycle import Lifecycle
 from camserve.server.models.repository import Repository
 from camserve.server.oip import messages, repository
 from camserve.server.oip.inference import Explained, Failed, Inference, Predicted
 from camserve.server.oip.metadata import EXTENSIONS, model_config, model_metadata
 from camserve.server.oip.requests import read_terms
+from camserve.server.oip.statistics import statistics
 from camserve.server.oip.streams import Streams, Surroundings
 from camserve.server.oip.tensors import Output, put_output
 
@@ -37,16 +39,25 @@ class InferenceServicer:
         inference: answers requests.
         streams: answers streams of them.
         health: of the server.
+        metrics: of the server.
     """
 
     def __init__(
-        self, models: Repository, lifecycle: Lifecycle, inference: Inference, streams: Streams, health: Health
+        self,
+        models: Repository,
+        lifecycle: Lifecycle,
+        inference: Inference,
+        streams: Streams,
+        *,
+        health: Health,
+        metrics: Metrics,
     ) -> None:
         self._models = models
         self._lifecycle = lifecycle
         self._inference = inference
         self._streams = streams
         self._health = health
+        self._metrics = metrics
 
     async def ServerLive(self, _request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
         """Tells whether the process works."""
@@ -123,6 +134,14 @@ class InferenceServicer:
         async with contextlib.aclosing(self._streams.replies(requests, around)) as replies:
             async for reply in replies:
                 yield reply
+
+    async def ModelStatistics(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
+        """Tells what was inferred so far, of one model or all, of one version or all that answer."""
+        if request.name and (request.version or not self._models.answers(request.name)):
+            served = [self._models.get(request.name, request.version)]
+        else:
+            served = [slot.served for slot in self._models.slots(request.name or None) if slot.served is not None]
+        return statistics([model.card for model in served], self._metrics)
 
     async def RepositoryIndex(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
         """Lists every version of every model."""

@@ -13,7 +13,6 @@ __all__ = ["UNBUILT", "refusal"]
 _NO_SHARED_MEMORY: Final = "nothing is read from or written to shared memory; send tensors in the request"
 UNBUILT: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "ModelStatistics": "statistics are not built yet; read the metrics page",
         "SystemSharedMemoryStatus": _NO_SHARED_MEMORY,
         "SystemSharedMemoryRegister": _NO_SHARED_MEMORY,
         "SystemSharedMemoryUnregister": _NO_SHARED_MEMORY,
