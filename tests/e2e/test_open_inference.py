@@ -98,7 +98,7 @@ def test_configuration_tells_what_clients_read(stub):
     config = stub.ModelConfig(oip.message("ModelConfigRequest", name="surface")).config
 
     assert ("surface", "camserve", 16) == (config.name, config.backend, config.max_batch_size)
-    assert {"input": False, "image": True} == {given.name: given.optional for given in config.input}
+    assert {"input": True, "image": True} == {given.name: given.optional for given in config.input}
 
 
 def test_a_plain_request_gets_plain_predictions(stub, client, row):

@@ -247,11 +247,12 @@ def test_triton_batch(triton, ours):
 
 @pytest.mark.needs_tritonclient
 def test_triton_configuration(triton):
-    """The configuration names the tensors of the metadata, how many rows a request may have, and who computes."""
+    """The configuration names the tensors of the metadata, how many rows a request may have, and what may be left out."""
     config = triton["blocking"]["config"]
 
     assert ("surface", "camserve", 16) == (config["name"], config["backend"], config["max_batch_size"])
     assert (["input", "image"], ["logits", "probabilities", "heatmap"]) == (config["inputs"], config["outputs"])
+    assert ["input", "image"] == config["optional"]
 
 
 @pytest.mark.needs_tritonclient

@@ -136,6 +136,7 @@ def blocking() -> dict[str, object]:
             "backend": config.backend,
             "max_batch_size": config.max_batch_size,
             "inputs": [one.name for one in config.input],
+            "optional": [one.name for one in config.input if one.optional],
             "outputs": [one.name for one in config.output],
         }
         found["predicted"] = told(client.infer(MODEL, tensor(), request_id="part-4711"))

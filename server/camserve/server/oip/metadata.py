@@ -77,9 +77,10 @@ def model_config(card: ModelCard) -> Any:
     config.max_batch_size = card.max_batch_rows
     config.dynamic_batching.priority_levels = _PRIORITIES
     config.dynamic_batching.default_priority_level = 2
+    # Either of the two is enough; perf_analyzer must be free to send the one that it was given data for.
+    either = {TENSOR, IMAGE} if card.recipe.takes_images else set()
     for name, datatype, sizes in _inputs(card):
-        # Either of the two is enough, and clients that fill in every input should take the tensor.
-        config.input.add(name=name, data_type=_config_type(datatype), dims=sizes, optional=name == IMAGE)
+        config.input.add(name=name, data_type=_config_type(datatype), dims=sizes, optional=name in either)
     for name, datatype, sizes in _outputs(card):
         config.output.add(name=name, data_type=_config_type(datatype), dims=sizes)
     return response
