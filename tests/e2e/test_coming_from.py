@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -129,6 +130,18 @@ def test_triton_repository_is_read_as_it_is(tmp_path):
     (tmp_path / "onnx" / "1" / "model.onnx").write_bytes(b"")
     with pytest.raises(ValueError, match="onnx holds no version"):
         list(scan_repository(tmp_path))
+
+
+def test_pictures_for_perf_analyzer(tmp_path, samples):
+    """The page's example writes a picture as perf_analyzer sends it on: behind its length, as elements of BYTES are."""
+    (example,) = (block for block in blocks("coming-from-triton.md", "python") if "part.json" in block)
+    picture = samples[0].read_bytes()
+    (tmp_path / "part.jpg").write_bytes(picture)
+
+    run(example, tmp_path)
+
+    (entry,) = json.loads((tmp_path / "part.json").read_text(encoding="utf-8"))["data"]
+    assert len(picture).to_bytes(4, "little") + picture == base64.b64decode(entry["image"]["b64"])
 
 
 @pytest.mark.parametrize("page", PAGES)

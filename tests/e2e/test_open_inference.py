@@ -500,8 +500,7 @@ async def test_statistics_are_those_of_the_metrics_page(serve, tmp_path):
     assert ["1", "2"] == [entry.version for entry in both]
     assert [0, 4, 0] == [entry.inference_count for entry in everything]
     assert Metrics(server).value("camserve_batch_rows_count", model="tiny", version="1") == one.execution_count
-    assert (4, 4, 4) == tuple(
-        getattr(one.inference_stats, name).count for name in ("success", "queue", "compute_input")
-    )
+    stages = ("success", "queue", "compute_input", "compute_infer", "compute_output")
+    assert (4, 4, 4, 4, 4) == tuple(getattr(one.inference_stats, name).count for name in stages)
     assert one.inference_stats.compute_infer.ns > 0
     assert ["CPU"] == [usage.type for usage in one.memory_usage if usage.byte_size > 0]

@@ -337,3 +337,9 @@ def test_triton_empty_final_response(triton):
 
     assert [["logits", "probabilities"], []] == [list(reply["outputs"]) for reply in last]
     assert [False, True] == [reply["parameters"].get("triton_final_response", False) for reply in last]
+
+
+@pytest.mark.needs_tritonclient
+def test_triton_statistics(triton):
+    """What was inferred is counted."""
+    assert [["surface", "1", True, True]] == triton["blocking"]["statistics"]

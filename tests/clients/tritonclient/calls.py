@@ -199,6 +199,11 @@ def blocking() -> dict[str, object]:
         client.load_model("spare")
         found["repository"].append(states(client))
         found["spare loaded"] = client.is_model_ready("spare")
+        statistics = client.get_inference_statistics(MODEL).model_stats
+        found["statistics"] = [
+            [one.name, one.version, one.inference_stats.success.count > 0, one.execution_count > 0]
+            for one in statistics
+        ]
     return found
 
 
