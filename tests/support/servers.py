@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 from camserve.server.background import BackgroundServer
 from camserve.server.models.config import InputConfig, ModelConfig
-from camserve.server.models.sources import ModelSource
+from camserve.server.models.sources import ModelSource, demo_sources
 from camserve.server.settings import Settings
 
 
@@ -68,3 +70,18 @@ async def until(is_so: Callable[[], bool], timeout_seconds: float = 120) -> None
     async with asyncio.timeout(timeout_seconds):
         while not await asyncio.to_thread(is_so):  # noqa: ASYNC110 - another process's page can only be read again
             await asyncio.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(*, with_model: bool = False, **changes: object) -> Iterator[BackgroundServer]:
+    """A server with these settings, without a model unless the shipped one is asked for."""
+    with BackgroundServer(settings(**changes), demo_sources() if with_model else ()) as server:
+        yield server
+
+
+def soon(is_so: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    """Asks again and again: what a server has read of a file can only be found out by asking."""
+    end = time.monotonic() + timeout_seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)

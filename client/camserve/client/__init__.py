@@ -22,7 +22,7 @@ from camserve.client.cards import (
     ModelStatus,
     RuleInfo,
 )
-from camserve.client.channels import Tls
+from camserve.client.credentials import Credentials
 from camserve.client.errors import (
     CamserveError,
     Cancelled,
@@ -36,6 +36,8 @@ from camserve.client.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
     Unimplemented,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "ClassScore",
     "Client",
     "CorruptPayload",
+    "Credentials",
     "DeadlineExceeded",
     "Denied",
     "Detection",
@@ -93,6 +96,7 @@ __all__ = [
     "ModelStatus",
     "NotFound",
     "Overloaded",
+    "PermissionDenied",
     "Phrase",
     "Prediction",
     "Region",
@@ -106,8 +110,8 @@ __all__ = [
     "Summary",
     "TensorInput",
     "Timings",
-    "Tls",
     "TopK",
+    "Unauthenticated",
     "Unavailable",
     "Unimplemented",
 ]

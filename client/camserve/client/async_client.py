@@ -20,7 +20,7 @@ import grpc.aio
 
 from camserve.client import channels, errors
 from camserve.client.cards import ModelCard, ModelStatus, card_from_proto, status_from_proto
-from camserve.client.channels import Tls
+from camserve.client.credentials import ANONYMOUS, Credentials
 from camserve.client.errors import CamserveError
 from camserve.client.inputs import AnyInput, PreparedInput, prepare
 from camserve.client.requests import RequestOptions, RequestPlan, SharedOptions, plan
@@ -44,7 +44,7 @@ class AsyncClient:
         target: address of the server.
         timeout: seconds for each call, retries included; None waits for ever.
         retries: how often a call is tried again that was refused before anything arrived because the server was full or away.
-        tls: False for plain text, True for TLS with the system's authorities, or a `Tls`.
+        credentials: who the client says it is and whom it trusts; None for a server that asks for nothing, in plain text.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class AsyncClient:
         *,
         timeout: float | None = 30.0,
         retries: int = 3,
-        tls: bool | Tls = False,
+        credentials: Credentials | None = None,
     ) -> None:
         self.target = target
         self._timeout = timeout
         self._policy = RetryPolicy(retries=retries)
-        self._tls = channels.tls_of(tls)
+        self._credentials = credentials or ANONYMOUS
         self._channel: grpc.aio.Channel | None = None
         self._ended = asyncio.Event()
 
@@ -153,14 +153,14 @@ class AsyncClient:
         """Returns every model and version the server knows, also those that failed to load."""
         request = model_service_pb2.ListModelsRequest()
         stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
-        response = await self._unary(lambda timeout: stub.ListModels(request, timeout=timeout), self._timeout)
+        response = await self._unary(stub.ListModels, request, self._timeout)
         return tuple(status_from_proto(status) for status in response.models)
 
     async def model(self, name: str, version: str | None = None) -> ModelCard:
         """Returns the card of one model; raises NotFound when there is none."""
         request = model_service_pb2.GetModelRequest(model=name, version=version)
         stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
-        response = await self._unary(lambda timeout: stub.GetModel(request, timeout=timeout), self._timeout)
+        response = await self._unary(stub.GetModel, request, self._timeout)
         return card_from_proto(response.card)
 
     async def load_model(
@@ -173,7 +173,7 @@ class AsyncClient:
         """Lets the server load a model from its repository; see `Client.load_model`."""
         request = model_service_pb2.LoadModelRequest(model=name, version=version)
         stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
-        response = await self._unary(lambda left: stub.LoadModel(request, timeout=left), timeout)
+        response = await self._unary(stub.LoadModel, request, timeout)
         return card_from_proto(response.card)
 
     async def unload_model(
@@ -186,7 +186,7 @@ class AsyncClient:
         """Lets the server unload a model; see `Client.unload_model`."""
         request = model_service_pb2.UnloadModelRequest(model=name, version=version)
         stub = model_service_pb2_grpc.ModelServiceStub(self._connected())
-        await self._unary(lambda left: stub.UnloadModel(request, timeout=left), timeout)
+        await self._unary(stub.UnloadModel, request, timeout)
 
     async def _many(
         self,
@@ -237,7 +237,9 @@ class AsyncClient:
             has_answered = False
             stub = explanation_service_pb2_grpc.ExplanationServiceStub(self._connected())
             call = stub.Explain(
-                request_plan.request(source, elapsed), timeout=_left(request_plan.timeout_seconds, elapsed)
+                request_plan.request(source, elapsed),
+                timeout=_left(request_plan.timeout_seconds, elapsed),
+                metadata=self._credentials.metadata(),
             )
             try:
                 async for response in call:
@@ -260,11 +262,12 @@ class AsyncClient:
                 raise failure
             await self._pause(failure, attempt, _left(request_plan.limit_seconds, time.monotonic() - started))
 
-    async def _unary(self, call: Callable[[float | None], Awaitable[Any]], limit: float | None) -> Any:
+    async def _unary(self, rpc: Callable[..., Awaitable[Any]], request: Any, limit: float | None) -> Any:
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:
-                return await call(_left(limit, time.monotonic() - started))
+                left = _left(limit, time.monotonic() - started)
+                return await rpc(request, timeout=left, metadata=self._credentials.metadata())
             except grpc.RpcError as error:
                 failure = self._failure(error)
             except asyncio.CancelledError:
@@ -296,11 +299,12 @@ class AsyncClient:
         if self._ended.is_set():
             raise errors.closed()
         if self._channel is None:
-            options = channels.options_of(self._tls)
-            if self._tls is None:
-                self._channel = grpc.aio.insecure_channel(self.target, options)
+            options = channels.options_of(self._credentials)
+            if self._credentials.uses_tls:
+                trusted = self._credentials.channel_credentials()
+                self._channel = grpc.aio.secure_channel(self.target, trusted, options)
             else:
-                self._channel = grpc.aio.secure_channel(self.target, self._tls.credentials(), options)
+                self._channel = grpc.aio.insecure_channel(self.target, options)
         return self._channel
 
     def _failure(self, error: grpc.RpcError) -> CamserveError:

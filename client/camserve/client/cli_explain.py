@@ -19,8 +19,8 @@ import numpy as np
 
 from camserve.client import words
 from camserve.client.boxes import Box
+from camserve.client.cli_connection import connection_options, told_briefly
 from camserve.client.cli_local import client_for, local_options
-from camserve.client.cli_models import server_option, told_briefly
 from camserve.client.cli_specs import BOX, spec_options, specs
 from camserve.client.errors import CamserveError
 from camserve.client.files import STDIN, ImageFile, find_images
@@ -47,13 +47,14 @@ Examples:
   camserve explain road.jpg --model seg --point 320,200        why this class, here?
   camserve explain road.jpg --model detector --box 40,60,120,90
   camserve explain part.png --local part.pt --labels labels.txt    without a server
+  CAMSERVE_API_KEY=camserve_… camserve explain part.png --server gpu7:50051 --ca ca.pem
   cat part.png | camserve explain - | jq .prediction
 """
 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE|FOLDER|GLOB|-...")
-@server_option
+@connection_options
 @local_options
 @click.option("--model", help="Name of the model; may be left out when the server has only one.")
 @click.option("--version", "model_version", help="Version of the model; without it the newest that is ready.")

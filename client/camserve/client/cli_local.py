@@ -55,7 +55,7 @@ def client_for(server: str, options: Mapping[str, Any]) -> AbstractContextManage
         for name in ("size", "labels"):
             if options[name] is not None:
                 raise click.UsageError(f"--{name} is for --local; a server's models have cards that tell it")
-        return Client(server, timeout=options["timeout"])
+        return Client(server, timeout=options["timeout"], credentials=options["credentials"])
     entry_points = importlib.metadata.entry_points(group=_GROUP)
     try:
         opened = next(iter(entry_points)).load()

@@ -6,16 +6,15 @@ The server's commands for a folder of models (`check`, `add`, `export`) are foun
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Final
 
 import click
 
+from camserve.client.cli_connection import connection_options, told_briefly
 from camserve.client.cli_groups import DefaultCommandGroup
-from camserve.client.errors import CamserveError, Unavailable
+from camserve.client.credentials import Credentials
 from camserve.client.retries import LOADING_SECONDS
 from camserve.client.sync_client import Client
 
@@ -26,6 +25,7 @@ Examples:
   camserve models surface                its card: layers, methods, labels
   camserve models --json | jq '.[].name'
   camserve models --server gpu7:50051
+  CAMSERVE_API_KEY=camserve_… camserve models --server gpu7:50051 --ca ca.pem
   camserve models load surface           serve what its repository holds of it now
   camserve models unload surface --version 1
   camserve models show add               the card of a model that is called like a command
@@ -37,22 +37,17 @@ _TOLD: Final = {
     "export": "Write an archive of a factory's model into a model repository.",
 }
 
-server_option = click.option(
-    "--server", default="localhost:50051", show_default=True, metavar="HOST:PORT", envvar="CAMSERVE_SERVER",
-    show_envvar=True, help="Address of the server.",
-)  # fmt: skip
-
 
 @click.command("show")
 @click.argument("name", required=False)
 @click.option("--version", "model_version", help="Version of the model; without it the newest that is ready.")
-@server_option
+@connection_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def show(name: str | None, model_version: str | None, server: str, as_json: bool) -> None:  # noqa: FBT001  # click's flag.
+def show(name: str | None, model_version: str | None, server: str, credentials: Credentials, as_json: bool) -> None:  # noqa: FBT001  # click's flag.
     """List the models of a server, or show the card of the one called NAME."""
     from camserve.client import tables  # noqa: PLC0415  # rich is slow to import, and --help and explain do without it.
 
-    with told_briefly(server), Client(server) as client:
+    with told_briefly(server), Client(server, credentials=credentials) as client:
         if name is not None:
             card = client.model(name, model_version)
             if as_json:
@@ -92,14 +87,14 @@ _timeout_option = click.option(
 @models.command("load")
 @click.argument("name")
 @_version_option
-@server_option
+@connection_options
 @_timeout_option
-def load(name: str, model_version: str | None, server: str, timeout: float) -> None:
+def load(name: str, model_version: str | None, server: str, credentials: Credentials, timeout: float) -> None:
     """Load NAME from the server's repository, or what has changed of it, and wait until it serves.
 
     Without a version, those serve that its model.toml asks for, and no others.
     """
-    with told_briefly(server), Client(server) as client:
+    with told_briefly(server), Client(server, credentials=credentials) as client:
         card = client.load_model(name, model_version, timeout=timeout)
     click.echo(f"{card.name} version {card.version} is ready")
 
@@ -107,24 +102,10 @@ def load(name: str, model_version: str | None, server: str, timeout: float) -> N
 @models.command("unload")
 @click.argument("name")
 @_version_option
-@server_option
+@connection_options
 @_timeout_option
-def unload(name: str, model_version: str | None, server: str, timeout: float) -> None:
+def unload(name: str, model_version: str | None, server: str, credentials: Credentials, timeout: float) -> None:
     """Unload NAME, or one version of it, and wait until its last request is answered and its memory is free."""
-    with told_briefly(server), Client(server) as client:
+    with told_briefly(server), Client(server, credentials=credentials) as client:
         client.unload_model(name, model_version, timeout=timeout)
     click.echo(f"{name}{f' version {model_version}' if model_version else ''} is unloaded")
-
-
-@contextlib.contextmanager
-def told_briefly(server: str) -> Iterator[None]:
-    """Turns errors into one line and exit status 1."""
-    try:
-        yield
-    except Unavailable as error:
-        if error.reason:  # A camserve answered: it is draining or loading.
-            raise click.ClickException(str(error)) from error
-        why = error.message.rsplit(": ", 1)[-1]  # What comes before are gRPC's layers.
-        raise click.ClickException(f"no camserve at {server} ({why}); start one with `camserve serve`") from error
-    except CamserveError as error:
-        raise click.ClickException(str(error)) from error

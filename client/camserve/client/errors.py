@@ -13,7 +13,9 @@ The clients raise these; the status comes from the trailing metadata of a failed
     ├── Unavailable           no server there, draining, or the model is still loading
     ├── DeadlineExceeded      the time is over
     ├── Cancelled             the call was cancelled, or the client closed
-    ├── Denied                credentials missing or not sufficient
+    ├── Denied
+    │   ├── Unauthenticated   the server does not know who calls: credentials are missing, wrong or over
+    │   └── PermissionDenied  it knows, and this caller may not
     ├── CorruptPayload        a heatmap's bytes are not what their digest says
     └── Internal              a fault of the server, or of the model on this input
 """
@@ -164,6 +166,18 @@ class Denied(CamserveError):
     advice = "check the credentials of this client"
 
 
+class Unauthenticated(Denied):
+    """The server does not know who calls: credentials are missing, wrong, expired or not valid yet."""
+
+    advice = "give the client credentials: Credentials(api_key=…), or CAMSERVE_API_KEY"
+
+
+class PermissionDenied(Denied):
+    """The server knows who calls, and this caller may not do this."""
+
+    advice = "whoever runs the server gives roles to callers"
+
+
 class CorruptPayload(CamserveError):
     """A heatmap's bytes are not what the server says it sent."""
 
@@ -182,8 +196,8 @@ _CLASSES: Final[Mapping[str, type[CamserveError]]] = {
     "UNAVAILABLE": Unavailable,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "CANCELLED": Cancelled,
-    "UNAUTHENTICATED": Denied,
-    "PERMISSION_DENIED": Denied,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
 }
 _CODE_NAMES: Final[Mapping[int, str]] = {code.value[0]: code.name for code in grpc.StatusCode}
 

@@ -20,7 +20,7 @@ import grpc
 
 from camserve.client import channels, errors
 from camserve.client.cards import ModelCard, ModelStatus, card_from_proto, status_from_proto
-from camserve.client.channels import Tls
+from camserve.client.credentials import ANONYMOUS, Credentials
 from camserve.client.errors import CamserveError
 from camserve.client.inputs import AnyInput, PreparedInput, prepare
 from camserve.client.lifetimes import Lifetime
@@ -45,7 +45,7 @@ class Client:
         target: address of the server.
         timeout: seconds for each call, retries included; None waits for ever.
         retries: how often a call is tried again that was refused before anything arrived because the server was full or away.
-        tls: False for plain text, True for TLS with the system's authorities, or a `Tls`.
+        credentials: who the client says it is and whom it trusts; None for a server that asks for nothing, in plain text.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class Client:
         *,
         timeout: float | None = 30.0,
         retries: int = 3,
-        tls: bool | Tls = False,
+        credentials: Credentials | None = None,
     ) -> None:
         self.target = target
         self._timeout = timeout
         self._policy = RetryPolicy(retries=retries)
-        tls_settings = channels.tls_of(tls)
-        options = channels.options_of(tls_settings)
-        if tls_settings is None:
-            self._channel = grpc.insecure_channel(target, options)
+        self._credentials = credentials or ANONYMOUS
+        options = channels.options_of(self._credentials)
+        if self._credentials.uses_tls:
+            self._channel = grpc.secure_channel(target, self._credentials.channel_credentials(), options)
         else:
-            self._channel = grpc.secure_channel(target, tls_settings.credentials(), options)
+            self._channel = grpc.insecure_channel(target, options)
         self._explanations = explanation_service_pb2_grpc.ExplanationServiceStub(self._channel)
         self._models = model_service_pb2_grpc.ModelServiceStub(self._channel)
         self._life = Lifetime()
@@ -180,13 +180,13 @@ class Client:
     def models(self) -> tuple[ModelStatus, ...]:
         """Returns every model and version the server knows, also those that failed to load."""
         request = model_service_pb2.ListModelsRequest()
-        response = self._unary(lambda timeout: self._models.ListModels(request, timeout=timeout), self._timeout)
+        response = self._unary(self._models.ListModels, request, self._timeout)
         return tuple(status_from_proto(status) for status in response.models)
 
     def model(self, name: str, version: str | None = None) -> ModelCard:
         """Returns the card of one model; raises NotFound when there is none."""
         request = model_service_pb2.GetModelRequest(model=name, version=version)
-        response = self._unary(lambda timeout: self._models.GetModel(request, timeout=timeout), self._timeout)
+        response = self._unary(self._models.GetModel, request, self._timeout)
         return card_from_proto(response.card)
 
     def load_model(
@@ -211,7 +211,7 @@ class Client:
             Overloaded: models may take no more memory than they do.
         """
         request = model_service_pb2.LoadModelRequest(model=name, version=version)
-        response = self._unary(lambda left: self._models.LoadModel(request, timeout=left), timeout)
+        response = self._unary(self._models.LoadModel, request, timeout)
         return card_from_proto(response.card)
 
     def unload_model(self, name: str, version: str | None = None, *, timeout: float | None = LOADING_SECONDS) -> None:
@@ -223,7 +223,7 @@ class Client:
             timeout: seconds to wait; None waits for ever.
         """
         request = model_service_pb2.UnloadModelRequest(model=name, version=version)
-        self._unary(lambda left: self._models.UnloadModel(request, timeout=left), timeout)
+        self._unary(self._models.UnloadModel, request, timeout)
 
     def _many(
         self, images: Iterable[AnyInput], request_plan: RequestPlan, concurrency: int, on_error: str
@@ -264,6 +264,7 @@ class Client:
                 self._explanations.Explain,
                 request_plan.request(source, elapsed),
                 timeout=_left(request_plan.timeout_seconds, elapsed),
+                metadata=self._credentials.metadata(),
             )
             with life.calling(start) as call:
                 try:
@@ -280,12 +281,13 @@ class Client:
                 raise failure
             self._pause(failure, attempt, _left(request_plan.limit_seconds, time.monotonic() - started), life)
 
-    def _unary(self, call: Callable[[float | None], Any], limit: float | None) -> Any:
+    def _unary(self, rpc: Callable[..., Any], request: Any, limit: float | None) -> Any:
         started = time.monotonic()
         for attempt in itertools.count(1):
             left = _left(limit, time.monotonic() - started)
+            call = functools.partial(rpc, request, timeout=left, metadata=self._credentials.metadata())
             try:
-                return self._life.begin(functools.partial(call, left))
+                return self._life.begin(call)
             except grpc.RpcError as error:
                 failure = self._life.failure(error)
             self._pause(failure, attempt, _left(limit, time.monotonic() - started), self._life)

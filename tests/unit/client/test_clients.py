@@ -48,11 +48,12 @@ def _until_left(peer: Peer) -> None:
 def test_the_public_names_are_these() -> None:
     """Adding or dropping one is a decision."""
     expected = """
-        Above AsyncClient Box CamserveError Cancelled ClassScore Client CorruptPayload DeadlineExceeded Denied
-        Detection DetectionBox Difference Embedding Event ExtraInputInfo FailedPrecondition FieldViolation Geometry
-        HeatRegion Heatmap InputInfo Internal InvalidInput InvalidRequest Kth LayerInfo MethodInfo ModelCard ModelPlan
-        ModelStatus NotFound Overloaded Phrase Prediction Region ResolvedTarget Result RuleInfo Similar Spec SpecError Steps
-        Summary TensorInput Timings Tls TopK Unavailable Unimplemented
+        Above AsyncClient Box CamserveError Cancelled ClassScore Client CorruptPayload Credentials DeadlineExceeded
+        Denied Detection DetectionBox Difference Embedding Event ExtraInputInfo FailedPrecondition FieldViolation
+        Geometry HeatRegion Heatmap InputInfo Internal InvalidInput InvalidRequest Kth LayerInfo MethodInfo ModelCard
+        ModelPlan ModelStatus NotFound Overloaded PermissionDenied Phrase Prediction Region ResolvedTarget Result
+        RuleInfo Similar Spec SpecError Steps Summary TensorInput Timings TopK Unauthenticated Unavailable
+        Unimplemented
     """.split()  # noqa: SIM905  # Fifty quoted names are harder to read.
 
     assert expected == camserve.client.__all__

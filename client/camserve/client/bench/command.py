@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime as dt
 import json
 import signal
@@ -28,7 +29,8 @@ from camserve.client.bench.records import Closed, Load, Open, Window
 from camserve.client.bench.sources import Source
 from camserve.client.bench.sweep import PREDICTION, Plan, sweep
 from camserve.client.cards import ModelCard
-from camserve.client.cli_models import server_option, told_briefly
+from camserve.client.cli_connection import connection_options, told_briefly
+from camserve.client.credentials import Credentials
 from camserve.client.errors import CamserveError, Unavailable
 from camserve.client.requests import SharedOptions
 
@@ -55,9 +57,9 @@ _MISSED: Final = 3
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("images", nargs=-1, metavar="[IMAGE|FOLDER|GLOB]...")
-@server_option
+@connection_options
 @bench_options
-def bench(images: tuple[str, ...], server: str, **options: Any) -> None:
+def bench(images: tuple[str, ...], server: str, credentials: Credentials, **options: Any) -> None:
     """Offer load to a server and tell how it fares: throughput, latency, failures, and where the time goes.
 
     Sends images, or pictures it makes up. In a closed loop (--concurrency) callers wait for their answers; in an open loop
@@ -71,7 +73,7 @@ def bench(images: tuple[str, ...], server: str, **options: Any) -> None:
         _loads(options)
         _check(images, options)
         with told_briefly(server):
-            run = asyncio.run(_bench(server, images, kinds, options))
+            run = asyncio.run(_bench(server, credentials, images, kinds, options))
     except ValueError as error:
         if isinstance(error, CamserveError):
             raise click.ClickException(str(error)) from error
@@ -81,6 +83,7 @@ def bench(images: tuple[str, ...], server: str, **options: Any) -> None:
 
 async def _bench(
     server: str,
+    credentials: Credentials,
     images: Sequence[str],
     kinds: Sequence[KindOfRequest],
     options: Mapping[str, Any],
@@ -89,12 +92,12 @@ async def _bench(
     from camserve.client.bench.console import Watch  # noqa: PLC0415  # rich is slow to import, and --help does without it.
 
     started = dt.datetime.now(dt.UTC)
-    async with AsyncClient(server, timeout=options["timeout"]) as client:
+    async with AsyncClient(server, timeout=options["timeout"], credentials=credentials) as client:
         card = await _card(client, options)
         source = await asyncio.to_thread(_source, images, card, options)
         shared = _shared(card, options)
         await _ask_once(client, card, kinds, source, shared)
-    plan = _plan(server, card, kinds, source, shared, options)
+    plan = dataclasses.replace(_plan(server, card, kinds, source, shared, options), credentials=credentials)
     run = Run(
         started=started,
         server=server,

@@ -21,7 +21,7 @@ from camserve.client import channels
 from camserve.client.bench.arrivals import poisson
 from camserve.client.bench.mix import Mix
 from camserve.client.bench.records import NOT_SENT, Closed, Failure, Load, Open, Record, Step, Window
-from camserve.client.channels import Tls
+from camserve.client.credentials import ANONYMOUS, Credentials
 from camserve.client.errors import CamserveError, Internal, Unavailable, from_rpc_error, from_status
 from camserve.client.results import Summary, event_from_proto
 from camserve.v1 import explanation_service_pb2, heatmap_pb2
@@ -44,7 +44,7 @@ class Connections:
         target: address of the server.
         count: how many HTTP/2 connections.
         timeout_seconds: gRPC's limit for each request, or None. A deadline for the server belongs to the mix.
-        tls: as for `Client`.
+        credentials: as for `Client`.
         connect_seconds: how long making them may take; `Unavailable` is raised after that.
     """
 
@@ -54,7 +54,7 @@ class Connections:
         *,
         count: int = 1,
         timeout_seconds: float | None = 30.0,
-        tls: bool | Tls = False,
+        credentials: Credentials = ANONYMOUS,
         connect_seconds: float = 10.0,
     ) -> None:
         if count < 1:
@@ -62,18 +62,18 @@ class Connections:
         self.target = target
         self.count = count
         self._timeout_seconds = timeout_seconds
-        self._tls = channels.tls_of(tls)
+        self._credentials = credentials
         self._connect_seconds = connect_seconds
         self._channels: list[grpc.aio.Channel] = []
         self._calls: Iterator[Any] = iter(())
 
     async def __aenter__(self) -> Self:
-        options = [*channels.options_of(self._tls), _OWN_CONNECTION]
+        options = [*channels.options_of(self._credentials), _OWN_CONNECTION]
         for _ in range(self.count):
             self._channels.append(
-                grpc.aio.insecure_channel(self.target, options)
-                if self._tls is None
-                else grpc.aio.secure_channel(self.target, self._tls.credentials(), options)
+                grpc.aio.secure_channel(self.target, self._credentials.channel_credentials(), options)
+                if self._credentials.uses_tls
+                else grpc.aio.insecure_channel(self.target, options)
             )
         try:
             async with asyncio.timeout(self._connect_seconds):
@@ -91,7 +91,7 @@ class Connections:
 
     def explain(self, message: bytes) -> Any:
         """Sends a serialised request over the next connection and returns gRPC's call."""
-        return next(self._calls)(message, timeout=self._timeout_seconds)
+        return next(self._calls)(message, timeout=self._timeout_seconds, metadata=self._credentials.metadata())
 
     async def _close(self) -> None:
         for channel in self._channels:

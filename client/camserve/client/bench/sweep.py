@@ -17,6 +17,7 @@ from camserve.client.bench.figures import StepFigures, figures_of
 from camserve.client.bench.load import Connections, Progress, run_step
 from camserve.client.bench.mix import Mix
 from camserve.client.bench.records import Closed, Load, Step, Window
+from camserve.client.credentials import ANONYMOUS, Credentials
 
 PREDICTION: Final = "prediction"
 """The name of the step that asks for no explanation."""
@@ -39,6 +40,7 @@ class Plan:
         timeout_seconds: gRPC's limit for each request.
         target_seconds: how fast an answer must be to be good; None for any time.
         seed: of arrivals and draws.
+        credentials: who asks.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Plan:
     timeout_seconds: float
     target_seconds: float | None
     seed: int
+    credentials: Credentials = ANONYMOUS
 
     @property
     def round_count(self) -> int:
@@ -112,7 +115,9 @@ async def sweep(
     for load in plan.loads:
         count = min(plan.connections, load.concurrency) if isinstance(load, Closed) else plan.connections
         steps: dict[str, list[Step]] = {"mix": [], PREDICTION: []}
-        async with Connections(plan.target, count=count, timeout_seconds=plan.timeout_seconds) as connections:
+        async with Connections(
+            plan.target, count=count, timeout_seconds=plan.timeout_seconds, credentials=plan.credentials
+        ) as connections:
             for index, names in enumerate(_rounds(plan)):
                 seed = next(seeds)
                 for name in names:
