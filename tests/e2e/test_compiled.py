@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 from collections.abc import Iterator
 
@@ -13,12 +14,13 @@ from support.servers import script_source, settings
 
 from camserve.client import Client, Spec, TensorInput
 from camserve.server.background import BackgroundServer
-from camserve.server.models.config import PlanConfig
+from camserve.server.models.config import PlanConfig, RuleConfig
+from camserve.server.models.sources import ModelSource
 
 pytestmark = [
     pytest.mark.needs_compiler,
-    pytest.mark.timeout(600),
-]  # Compiling takes a minute where others want the cores.
+    pytest.mark.timeout(1800),
+]  # Compiling takes minutes where others want the cores.
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def source(folder):
 def explained(server, specs):
     """What the server says of one input."""
     row = np.random.default_rng(0).standard_normal((3, 32, 32)).astype(np.float32)
-    with Client(server.target) as client:
+    with Client(server.target, timeout=180) as client:
         return client.explain(TensorInput(row), model="tiny", specs=specs)
 
 
@@ -61,7 +63,7 @@ def test_requests_ride_the_compiled_plan_and_get_the_same_maps(source, folder):
         server.run(server.app.compiled()).result()
         after = explained(server, SPECS)
         other = explained(server, [Spec("grad-cam", layers=["stem"])])
-        with Client(server.target) as client:
+        with Client(server.target, timeout=180) as client:
             (note,) = (note for note in client.model("tiny").notes if "compiled" in note)
     (package,) = (folder / "plans").iterdir()
     written_at = package.stat().st_mtime_ns
@@ -84,6 +86,37 @@ def test_requests_ride_the_compiled_plan_and_get_the_same_maps(source, folder):
     assert [one.raw_sha256 for one in after.heatmaps] == [one.raw_sha256 for one in again.heatmaps]
 
 
+def ruled(source: ModelSource, *rules: RuleConfig) -> ModelSource:
+    """The same model, explained by rules: the same package serves it."""
+    return dataclasses.replace(source, config=source.config.model_copy(update={"explain": rules}))
+
+
+def test_what_rules_ask_for_rides_the_compiled_plan_as_well(source, folder):
+    """A request for a prediction, explained by a rule, runs on the graph, and its map has the bits of the same spec asked for.
+
+    One whose rule wants another layer goes the ordinary way, with the same map but for rounding.
+    """
+    start = settings(max_batch_rows=2, plan_cache=folder / "plans")
+    why = RuleConfig(name="why", method="grad-cam", encoding="float32")
+    early = RuleConfig(name="early", method="grad-cam", layers=["stem"], encoding="float32")
+    with BackgroundServer(start, [ruled(source, why)]) as server:
+        before = explained(server, [])
+        server.run(server.app.compiled()).result()
+        after, asked = explained(server, []), explained(server, [Spec("grad-cam", encoding="float32")])
+    with BackgroundServer(start, [ruled(source, why, early)]) as server:
+        server.run(server.app.compiled()).result()
+        both = explained(server, [])
+
+    results = (after, asked, both)
+    assert ["compiled", "compiled", "tapped"] == [result.summary.plan for result in results]
+    assert [["why"], ["", "why"], ["why", "early"]] == [[one.rule for one in result.heatmaps] for result in results]
+    assert {"applied"} == {outcome for result in (before, *results) for outcome in result.summary.rules.values()}
+    (compiled,) = after.heatmaps
+    assert {compiled.raw_sha256} == {one.raw_sha256 for one in asked.heatmaps}
+    for ordinary in (before.heatmaps[0], both.heatmaps[0]):
+        np.testing.assert_allclose(ordinary.values, compiled.values, rtol=1e-3, atol=1e-5 * compiled.values.max())
+
+
 @contextlib.contextmanager
 def files_up_to(most_bytes: int) -> Iterator[None]:
     """As on a disk that fills up: no process started here writes a larger file."""
@@ -102,7 +135,7 @@ def test_a_disk_without_room_for_the_plan(source, tmp_path):
         with files_up_to(20_000):
             server.run(server.app.compiled()).result()
         result = explained(server, SPECS)
-        with Client(server.target) as client:
+        with Client(server.target, timeout=180) as client:
             (note,) = (note for note in client.model("tiny").notes if "compiled" in note)
 
     assert note.startswith("not compiled for rows 1, the ordinary plan serves: ")

@@ -195,7 +195,7 @@ def test_caller_that_vanishes_without_a_word_loses_its_place(held):
         inside(held, 0)
         client.close()
         with pytest.raises(CamserveError):
-            asked.result(60)
+            asked.result(180)
 
 
 KILLED = """

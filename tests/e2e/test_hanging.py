@@ -39,7 +39,7 @@ def _restore() -> Iterator[None]:
 def page(app: App, path: str) -> tuple[int, str]:
     """Status and text of a page of the metrics port."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{app.metrics_port}{path}", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{app.metrics_port}{path}", timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -72,7 +72,7 @@ async def test_a_model_that_hangs_flips_liveness_until_it_goes_on(serve, capsys)
 
             SLOW.is_held = False
             SLOW.turns.release()
-            assert "slow" == asking.result(timeout=60).summary.model
+            assert "slow" == asking.result(timeout=180).summary.model
             assert SERVING == next(updates).status
             assert [(200, "ok\n")] * 2 == [page(server.app, path) for path in ("/livez", "/readyz")]
             assert 0 == metrics.value("camserve_stalled")
@@ -96,17 +96,17 @@ async def test_an_event_loop_that_hangs_flips_liveness(serve):
 
     async def hold() -> None:
         reached.set()
-        held.wait(timeout=60)
+        held.wait(timeout=180)
 
     holding = server.run(hold())
-    assert reached.wait(timeout=60)
+    assert reached.wait(timeout=180)
     try:
         await until(lambda: page(server.app, "/livez") == (503, "the event loop does not answer\n"))
         assert (503, "the event loop does not answer\n") == page(server.app, "/readyz")
         assert 1 == Metrics(server).value("camserve_stalled", thread="loop")
     finally:
         held.set()
-    holding.result(timeout=60)
+    holding.result(timeout=180)
 
     await until(lambda: page(server.app, "/readyz") == (200, "ok\n"))
     assert (200, "ok\n") == page(server.app, "/livez")
@@ -136,7 +136,7 @@ async def test_readiness_follows_load_and_drain():
         # Somebody inside holds the drain open for as long as we look at it.
         GATE.reset()
         inside = asyncio.create_task(client.explain(ROW, model="gated", specs=["grad-cam"]))
-        assert await asyncio.to_thread(GATE.reached.wait, 60)
+        assert await asyncio.to_thread(GATE.reached.wait, 120)
         draining = asyncio.create_task(app.drain())
         assert NOT_SERVING == (await updates.read()).status
         assert [(503, "draining\n"), (200, "ok\n")] == await pages()

@@ -147,7 +147,7 @@ def test_sigterm_answers_everybody_let_in():
         return await client.explain(ROW, model="surface", specs=["grad-cam", Spec("layercam", layers=["layer2"])])
 
     results = asyncio.run(run())
-    status = process.wait(timeout=60)
+    status = process.wait(timeout=180)
     reader.join()
     process.stderr.close()
 
@@ -169,7 +169,7 @@ def test_metrics_page_of_a_process():
             page = answer.read().decode()
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=180)
 
     assert "camserve_build_info{" in page
     assert 'camserve_model_ready{model="surface",version="1"} 1.0' in page

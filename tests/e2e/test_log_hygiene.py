@@ -70,7 +70,7 @@ def process(
 def page(port: int, path: str) -> tuple[int, str]:
     """Status and text of a page; 0 where no such server answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -174,7 +174,7 @@ def test_secrets_and_pixels_reach_neither_log_nor_traces(tmp_path):
                     model_service_pb2.ListModelsRequest(), metadata=METADATA
                 )
             running.send_signal(signal.SIGTERM)
-            assert 0 == running.wait(timeout=60)
+            assert 0 == running.wait(timeout=180)
         traces = repr(collector.spans())
 
     assert [expected for expected, _ in ended] == [status for _, status in ended]
@@ -235,7 +235,7 @@ async def test_a_full_disk_for_logs_costs_lines_not_requests():
         await answers_on(*await ports_of(running))
         running.send_signal(signal.SIGTERM)
 
-        assert 0 == running.wait(timeout=60)
+        assert 0 == running.wait(timeout=180)
 
 
 async def test_a_log_reader_that_leaves_costs_lines_not_requests():
@@ -251,4 +251,4 @@ async def test_a_log_reader_that_leaves_costs_lines_not_requests():
         await answers_on(int(found[1]), int(found[2]))
         running.send_signal(signal.SIGTERM)
 
-        assert 0 == running.wait(timeout=60)
+        assert 0 == running.wait(timeout=180)

@@ -166,6 +166,34 @@ def test_a_card_that_changed_counts_as_changed_files(start, tmp_path):
     assert "class 1" == client.explain(ROW, model="part").prediction.label
 
 
+def test_rules_change_with_the_card(start, tmp_path):
+    """Rules of a new card hold from when it is loaded; one that cannot hold leaves those before; none is a change as well."""
+    put_version(tmp_path, "part", 1, best=1)
+    _server, client = start()
+
+    def told() -> tuple[dict[str, str], list[str]]:
+        result = client.explain(ROW, model="part")
+        return dict(result.summary.rules), [heatmap.method for heatmap in result.heatmaps]
+
+    assert ({}, []) == told()
+    write_card(tmp_path, "part", '[[explain]]\nname = "why"\nmethod = "grad-cam"')
+    assert ({}, []) == told()
+    client.load_model("part")
+    assert ({"why": "applied"}, ["grad-cam"]) == told()
+
+    write_card(tmp_path, "part", '[[explain]]\nname = "why"\nmethod = "layercam"\nlayers = ["nowhere"]')
+    with pytest.raises(FailedPrecondition, match=r"rule 'why': layer 'nowhere' .*; what was loaded before serves on"):
+        client.load_model("part")
+    assert ({"why": "applied"}, ["grad-cam"]) == told()
+
+    write_card(tmp_path, "part", '[[explain]]\nname = "why"\nmethod = "layercam"')
+    client.load_model("part")
+    assert ({"why": "applied"}, ["layercam"]) == told()
+    write_card(tmp_path, "part")
+    client.load_model("part")
+    assert ({}, []) == told()
+
+
 def test_labels_name_versions(start, tmp_path):
     """What a label names is served beside the newest; a label can be moved, and one that leads nowhere is told."""
     for version in (1, 2, 3):
@@ -229,7 +257,7 @@ def test_a_request_inside_is_answered_before_its_model_goes(serve):
 
     threads = [threading.Thread(target=explain), threading.Thread(target=unload)]
     threads[0].start()
-    assert gated.GATE.reached.wait(60)
+    assert gated.GATE.reached.wait(120)
     threads[1].start()
     with Client(server.target, retries=0) as client:
         for _ in itertools.count():
@@ -243,7 +271,7 @@ def test_a_request_inside_is_answered_before_its_model_goes(serve):
 
         gated.GATE.opened.set()
         for thread in threads:
-            thread.join(60)
+            thread.join(180)
 
         assert is_unloaded.is_set()
         assert 1 == len(answers[0].heatmaps)

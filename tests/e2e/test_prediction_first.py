@@ -50,7 +50,7 @@ def test_prediction_arrives_before_the_backward_is_allowed(gated_server, gate):
         events = client.stream(ROW, model="gated", specs=["grad-cam"])
         first = next(events)
         assert isinstance(first, Prediction)
-        assert gate.reached.wait(timeout=30)
+        assert gate.reached.wait(timeout=120)
         gate.opened.set()
         rest = list(events)
 
@@ -62,7 +62,7 @@ def test_expired_request_is_answered_while_a_pass_runs(gated_server, gate):
     with Client(gated_server.target) as client:
         holder = client.stream(ROW, model="gated", specs=["grad-cam"])
         next(holder)
-        assert gate.reached.wait(timeout=30)
+        assert gate.reached.wait(timeout=120)
         with pytest.raises(DeadlineExceeded) as caught:
             client.explain(ROW, model="gated", deadline=0.05)
         assert not gate.opened.is_set()
@@ -80,7 +80,7 @@ def test_cancelled_requests_are_not_run(gated_server, gate):
     async def run():
         async with AsyncClient(gated_server.target) as client:
             holder = asyncio.create_task(client.explain(ROW, model="gated", specs=["grad-cam"]))
-            await asyncio.to_thread(gate.reached.wait, 30)
+            await asyncio.to_thread(gate.reached.wait, 120)
             leaving = [asyncio.create_task(client.explain(ROW, model="gated", specs=["grad-cam"])) for _ in range(8)]
             staying = asyncio.create_task(client.explain(ROW, model="gated"))
             await until(lambda: metrics.value("camserve_queue_depth") == 9)
@@ -104,7 +104,7 @@ def test_cancelled_while_on_the_device_stops_before_the_next_gradient(gated_serv
     with Client(gated_server.target) as client:
         events = client.stream(ROW, model="gated", specs=[Spec("grad-cam", target=TopK(3))])
         next(events)
-        assert gate.reached.wait(timeout=30)
+        assert gate.reached.wait(timeout=120)
         events.close()
         metrics = Metrics(gated_server)
         asyncio.run(until(lambda: metrics.value("camserve_requests_in_flight") == 0))
@@ -124,7 +124,7 @@ def test_a_deadline_anywhere_ends_with_a_status(demo_server, samples):
             return error.reason or f"no reason: {error}"
         return "OK"
 
-    with Client(demo_server.target, retries=0, timeout=30) as client, ThreadPoolExecutor(4) as pool:
+    with Client(demo_server.target, retries=0, timeout=120) as client, ThreadPoolExecutor(4) as pool:
         ends = set(pool.map(ended, range(240)))
 
     assert ends <= {"OK", "DEADLINE_EXCEEDED", "DEADLINE_UNREACHABLE"}

@@ -56,7 +56,7 @@ def together(server: BackgroundServer, calls: Sequence[Callable[[AsyncClient], o
         GATE.reset()
         async with AsyncClient(server.target) as client:
             holder = asyncio.create_task(client.explain(tinted(), model="gated", specs=["grad-cam"]))
-            await asyncio.to_thread(GATE.reached.wait, 60)
+            await asyncio.to_thread(GATE.reached.wait, 120)
             running = [asyncio.ensure_future(call(client)) for call in calls]
             await until(lambda: metrics.value("camserve_queue_depth") == len(calls))
             GATE.opened.set()

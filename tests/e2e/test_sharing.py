@@ -64,7 +64,7 @@ def explain_together(target: str, asked: list[tuple[str, TensorInput, list[Spec]
     """Sends all requests at once; returns their results in order."""
 
     async def run():
-        async with AsyncClient(target) as client:
+        async with AsyncClient(target, timeout=180) as client:
             return await asyncio.gather(
                 *(client.explain(tensor, model=model, specs=specs) for model, tensor, specs in asked)
             )
@@ -84,10 +84,10 @@ def test_64_mixed_requests_need_few_passes(server):
 
     async def run():
         GATE.reset()
-        async with AsyncClient(server.target) as client:
+        async with AsyncClient(server.target, timeout=180) as client:
             row = TensorInput(np.ones((3, 32, 32), np.float32))
             holder = asyncio.create_task(client.explain(row, model="gated", specs=["grad-cam"]))
-            await asyncio.to_thread(GATE.reached.wait, 30)
+            await asyncio.to_thread(GATE.reached.wait, 120)
             before = metrics.value("camserve_batch_rows_count")
             calls = [
                 asyncio.create_task(client.explain(tensor, model=model, specs=specs)) for model, tensor, specs in asked
@@ -136,7 +136,7 @@ def test_batch_against_alone(server, model, size, layers, gate):
     """In a batch or alone, a map is the same within the gate of its dtype, relative to its largest value."""
     requests = mixed_requests(21, model, size, layers)
     together = explain_together(server.target, [(model, *request) for request in requests])
-    with Client(server.target) as client:
+    with Client(server.target, timeout=180) as client:
         alone = [client.explain(tensor, model=model, specs=specs) for tensor, specs in requests]
 
     assert max(result.summary.batch_rows for result in together) > 1

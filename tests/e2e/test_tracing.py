@@ -188,7 +188,7 @@ async def test_only_sampled_requests_are_sent(traced):
                 assert 3 == len([message async for message in call(asked, metadata=metadata)])
 
             asking = [asyncio.create_task(ask(0, is_sampled=False))]
-            assert await asyncio.to_thread(SLOW.waiting.acquire, timeout=60)
+            assert await asyncio.to_thread(SLOW.waiting.acquire, timeout=120)
             # While the first holds the device, three more gather.
             asking += [asyncio.create_task(ask(number, is_sampled=number != 2)) for number in (1, 2, 3)]
             await until(lambda: metrics.value("camserve_queue_depth") == 3)

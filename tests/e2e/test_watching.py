@@ -33,7 +33,7 @@ def watched(serve, tmp_path):
 
 def wait_for(is_so: Callable[[], bool]) -> None:
     """Asks the server until it is so: a folder has no event of its own that a client could await."""
-    asyncio.run(until(is_so, timeout_seconds=60))
+    asyncio.run(until(is_so, timeout_seconds=180))
 
 
 def states(client: Client) -> dict[str, str]:

@@ -98,7 +98,7 @@ def prometheus(folder: Path, metrics_port: int) -> Iterator[Prometheus]:
             yield Prometheus(_port(process, log))
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=180)
 
 
 def _port(process: subprocess.Popen[bytes], log: Path) -> int:

@@ -116,7 +116,7 @@ def send_all(target: str, requests: Sequence[Request], threads: int) -> list[Ans
     """Sends all of them from that many threads, each with a client of its own."""
 
     def work(mine: Sequence[Request]) -> list[Answer]:
-        with Client(target, timeout=60) as client:
+        with Client(target, timeout=180) as client:
             return [_sent(client, request) for request in mine]
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -128,7 +128,7 @@ def _sent(client: Client, request: Request) -> Answer:
     """Sends one request and takes of it what its caller stays for."""
     if request.leaving is not Leaving.DISCONNECTS:
         return _answer(client, request)
-    with Client(client.target, timeout=60) as own:
+    with Client(client.target, timeout=180) as own:
         closing = threading.Timer(request.patience_seconds, own.close)
         closing.start()
         given = _answer(own, request)
@@ -142,7 +142,7 @@ def _answer(client: Client, request: Request) -> Answer:
         TensorInput(request.scene.inputs[request.place]),
         model=request.scene.model,
         specs=request.specs,
-        timeout=request.patience_seconds if request.leaving is Leaving.HURRIES else 60.0,
+        timeout=request.patience_seconds if request.leaving is Leaving.HURRIES else 180.0,
     )
     most = request.events if request.leaving is Leaving.CANCELS else None
     taken: list[Event] = []

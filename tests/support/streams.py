@@ -22,7 +22,7 @@ from camserve.v1 import explanation_service_pb2_grpc
 
 __all__ = ["Leaving", "Stream", "Tally", "draw", "faults", "send", "send_all"]
 
-HANGS_AFTER_SECONDS = 60.0
+HANGS_AFTER_SECONDS = 180.0
 _CHANNELS = 4
 
 

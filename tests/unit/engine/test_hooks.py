@@ -14,13 +14,13 @@ def test_one_thread_does_not_turn_fused_attention_on_for_another():
     def load():
         with plain_attention():
             is_inside.set()
-            assert may_leave.wait(60)
+            assert may_leave.wait(120)
 
     before = torch.backends.mha.get_fastpath_enabled()
     thread = threading.Thread(target=load)
     with plain_attention():
         thread.start()
-        assert is_inside.wait(60)
+        assert is_inside.wait(120)
     try:
         assert not torch.backends.mha.get_fastpath_enabled()
     finally:
