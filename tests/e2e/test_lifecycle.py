@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -116,21 +117,39 @@ def test_metrics_page_after_traffic(demo_server, client, samples):
     assert [1.0] * len(names) == [now - then for now, then in zip(read(), before, strict=True)]
 
 
-def start_process(*flags: str) -> tuple[subprocess.Popen[str], int, int]:
-    """Starts `camserve serve` on free ports; returns the process, its port and its metrics port."""
-    command = [CAMSERVE, "serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
-    process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own command
+@pytest.fixture(scope="module")
+def started() -> Iterator[tuple[subprocess.Popen[str], int, int]]:
+    """`camserve serve` on free ports: the process, its port and its metrics port. The last test here ends it."""
+    flags = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--drain-delay-seconds", "0"]
+    process = subprocess.Popen(  # noqa: S603 - our own command
+        [CAMSERVE, "serve", *flags, "--log-format", "json"], stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
-    for line in process.stderr:
-        if match := re.search(r"ready on port (\d+) .*metrics on port (\d+)", line):
-            return process, int(match[1]), int(match[2])
-    process.stderr.close()
-    raise AssertionError(f"the server ended with {process.wait()} before it was ready")
+    with process:
+        try:
+            for line in process.stderr:
+                if match := re.search(r"ready on port (\d+) .*metrics on port (\d+)", line):
+                    yield process, int(match[1]), int(match[2])
+                    break
+            else:
+                raise AssertionError(f"the server ended with {process.wait()} before it was ready")
+        finally:
+            process.kill()
 
 
-def test_sigterm_answers_everybody_let_in():
+def test_metrics_page_of_a_process(started):
+    """`camserve serve` opens the metrics page, and it names the build."""
+    _, _, metrics_port = started
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=60) as answer:
+        page = answer.read().decode()
+
+    assert "camserve_build_info{" in page
+    assert 'camserve_model_ready{model="surface",version="1"} 1.0' in page
+
+
+def test_sigterm_answers_everybody_let_in(started):
     """SIGTERM under load: every request let in is answered, new ones are told to go elsewhere, the process ends with 0."""
-    process, port, _ = start_process("--drain-delay-seconds", "0", "--log-format", "json")
+    process, port, _ = started
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr))
     reader.start()
@@ -149,7 +168,6 @@ def test_sigterm_answers_everybody_let_in():
     results = asyncio.run(run())
     status = process.wait(timeout=180)
     reader.join()
-    process.stderr.close()
 
     assert 0 == status
     lost = [result for result in results if isinstance(result, Exception) and not isinstance(result, Unavailable)]
@@ -159,20 +177,6 @@ def test_sigterm_answers_everybody_let_in():
     assert all(len(result.heatmaps) == 2 for result in answered)
     calls = [record for record in map(json.loads, lines) if record["event"] == "call"]
     assert len(answered) + 1 == sum(record["code"] == "OK" for record in calls)
-
-
-def test_metrics_page_of_a_process():
-    """`camserve serve` opens the metrics page, and it names the build."""
-    process, _, metrics_port = start_process("--drain-delay-seconds", "0")
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=60) as answer:
-            page = answer.read().decode()
-    finally:
-        process.terminate()
-        process.communicate(timeout=180)
-
-    assert "camserve_build_info{" in page
-    assert 'camserve_model_ready{model="surface",version="1"} 1.0' in page
 
 
 def test_a_server_imports_only_what_it_needs():

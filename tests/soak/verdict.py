@@ -81,7 +81,8 @@ def judge(course: Course, left: Sequence[str], limits: Limits) -> list[Finding]:
         ),
         Finding(
             name="p99",
-            is_well=drift <= limits.drift,
+            # Where it is not judged, a busy machine may have answered no probe in one of the quarters.
+            is_well=drift <= limits.drift or (math.isinf(limits.drift) and not math.isnan(_median(settled, _p99))),
             said=f"{drift:+.1%} from {_median(first, _p99) * 1e3:.1f} ms between first and last quarter; "
             + (f"at most {limits.drift:.0%}" if math.isfinite(limits.drift) else "not judged"),
         ),

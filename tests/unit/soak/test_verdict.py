@@ -79,6 +79,15 @@ def test_a_course_without_probes_is_not_well():
     windows = [window(place, probe_p99_seconds=math.nan) for place in range(120)]
 
     assert ["p99"] == unwell(course(*windows))
+    assert ["p99"] == unwell(course(*windows), drift=math.inf)
+
+
+def test_a_quarter_without_probes_is_well_where_drift_is_not_judged():
+    """A busy machine answers none for a while; there is nothing to compare then, and nothing that was to be compared."""
+    windows = [window(place, probe_p99_seconds=math.nan if place > 80 else 0.02) for place in range(120)]
+
+    assert ["p99"] == unwell(course(*windows))
+    assert [] == unwell(course(*windows), drift=math.inf)
 
 
 def test_descriptors_must_be_flat():
