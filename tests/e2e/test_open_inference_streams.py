@@ -214,6 +214,18 @@ async def test_a_caller_who_leaves_frees_its_places(gated):
         assert not GATE.opened.is_set()
 
 
+async def test_a_call_that_is_cancelled_frees_its_places(gated):
+    """Every row of a ModelInfer leaves with its caller."""
+    metrics = Metrics(gated)
+    with grpc.insecure_channel(gated.target) as channel:
+        rows = np.repeat(ROW, 3, axis=0)
+        call = oip.Stub(channel).ModelInfer.future(oip.request("gated", {"input": rows}, ["heatmap"]))
+        await until(lambda: metrics.value("camserve_requests_in_flight") == 3)
+        call.cancel()
+        await until(lambda: metrics.value("camserve_requests_in_flight") == 0)
+        assert not GATE.opened.is_set()
+
+
 async def test_a_stream_has_so_many_requests_under_way_and_no_more(gated):
     """What comes beyond that is not read until others are answered."""
     metrics, count = Metrics(gated), 2 * MOST_OPEN_REQUESTS
