@@ -237,9 +237,9 @@ async def test_requests_for_four_layers_share_passes(tmp_path):
 
 
 async def test_a_greedy_caller_and_a_modest_one(archive, tmp_path):
-    """Beside a caller with 32 requests under way, one that asks one at a time waits at most a pass and a slice longer."""
+    """Beside a caller that wants 32 requests under way and may have 24, one that asks singly waits a pass and a slice longer."""
     alone, beside, passes = [], [], []
-    with served(archive, SIZE, tmp_path / "server.log") as server:
+    with served(archive, SIZE, tmp_path / "server.log", caller_concurrency=24) as server:
         async with Connections(server.target) as modest, Connections(_other(server), count=2) as greedy:
             row = await row_seconds(modest)
             for turn in range(ROUNDS):

@@ -21,7 +21,8 @@ from camserve.client import AsyncClient, InvalidRequest, Overloaded, Result, Spe
 
 SIDE = 224
 ROW = TensorInput(np.random.default_rng(0).standard_normal((3, SIDE, SIDE)).astype(np.float32))
-SETTINGS = {"size": SIDE, "max_batch": 8, "max_requests": 64}
+# One caller stands for many: what is asked about is the door.
+SETTINGS = {"size": SIDE, "max_batch": 8, "max_requests": 64, "caller_concurrency": 0}
 
 
 @pytest.fixture(scope="module")
