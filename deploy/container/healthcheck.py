@@ -2,7 +2,8 @@
 
 Docker's HEALTHCHECK runs it without an argument: is the process alive, as `/livez` says on the port of CAMSERVE_METRICS_LISTEN?
 An argument names a service of grpc.health.v1 on the port of CAMSERVE_LISTEN, such as `camserve/surface` for one model; an empty
-one means the whole server: is it ready? That is also asked where there is no page.
+one means the whole server: is it ready? That is also asked where there is no page. A server that knows its callers tells about
+models to who has the key in CAMSERVE_API_KEY; one with TLS is asked by its page, which knows of the whole server only.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ def target(listen: str) -> str:
     return f"{'127.0.0.1' if host in {'', '0.0.0.0', '[::]'} else host}:{port}"  # noqa: S104 - compared, not bound
 
 
-def alive(address: str) -> str:
-    """Returns nothing, or why the process should be ended."""
+def well(address: str, page: str) -> str:
+    """Returns nothing, or what `/livez` or `/readyz` complains of."""
     # A proxy of the environment is not between us and ourselves.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{address}/livez", timeout=_TIMEOUT_SECONDS):
+        with opener.open(f"http://{address}{page}", timeout=_TIMEOUT_SECONDS):
             return ""
     except urllib.error.HTTPError as error:
         return f"{error.code}: {error.read().decode(errors='replace').strip()}"
@@ -43,8 +44,9 @@ def ready(address: str, service: str) -> str:
 
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
+        key = [("x-api-key", os.environ["CAMSERVE_API_KEY"])] if os.environ.get("CAMSERVE_API_KEY") else []
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_SECONDS)
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_SECONDS, metadata=key)
         except grpc.RpcError as error:
             return f"{error.code().name}: {error.details()}"
     status = str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
@@ -54,12 +56,13 @@ def ready(address: str, service: str) -> str:
 def main() -> int:
     """Checks once."""
     page = os.environ.get("CAMSERVE_METRICS_LISTEN", _DEFAULT_METRICS_LISTEN)
-    if len(sys.argv) > 1 or not page:
-        address = target(os.environ.get("CAMSERVE_LISTEN") or _DEFAULT_LISTEN)
-        complaint = ready(address, sys.argv[1] if len(sys.argv) > 1 else "")
-    else:
+    named = sys.argv[1] if len(sys.argv) > 1 else None
+    if page and (named is None or (named == "" and os.environ.get("CAMSERVE_TLS_CERTIFICATE"))):
         address = target(page)
-        complaint = alive(address)
+        complaint = well(address, "/livez" if named is None else "/readyz")
+    else:
+        address = target(os.environ.get("CAMSERVE_LISTEN") or _DEFAULT_LISTEN)
+        complaint = ready(address, named or "")
     if not complaint:
         return 0
     print(f"{address}: {complaint}", file=sys.stderr)  # noqa: T201 - Docker shows it

@@ -20,8 +20,10 @@ import grpc
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
+from support.credentials import key_entry
 from support.deployed import DASHBOARD, DEPLOY, ROOT, RULES, dashboard_queries, metric_names, panels
 from support.servers import Metrics as MetricsPage
+from support.servers import serving
 
 from camserve.server.background import BackgroundServer
 from camserve.server.health import Health
@@ -323,6 +325,33 @@ async def test_probe_fails_an_unknown_model(health_server: tuple[Health, int]) -
 
     assert 1 == status
     assert "NOT_FOUND" in complaint
+
+
+async def test_probe_asks_a_server_with_tls_by_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given no authority to trust; the page says whether the whole server is ready."""
+    monkeypatch.setenv("CAMSERVE_TLS_CERTIFICATE", "server.pem")
+    pages = Pages("127.0.0.1:0", CollectorRegistry(), liveness=lambda: "", readiness=lambda: "loading")
+    try:
+        found = await _probe(1, "", page=f"127.0.0.1:{pages.port}")
+    finally:
+        pages.close()
+
+    assert (1, f"127.0.0.1:{pages.port}: 503: loading\n") == found
+
+
+async def test_probe_shows_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that knows its callers tells of models to them alone."""
+    key, entry = key_entry("probe", ["explain"])
+    (tmp_path / "callers.toml").write_text(entry)
+    with serving(callers=tmp_path / "callers.toml") as server:
+        before = await _probe(server.app.port, "camserve/absent")
+        monkeypatch.setenv("CAMSERVE_API_KEY", key)
+        after = await _probe(server.app.port, "camserve/absent")
+        whole = await _probe(server.app.port, "")
+
+    assert "UNAUTHENTICATED" in before[1]
+    assert "NOT_FOUND" in after[1]
+    assert (0, "") == whole
 
 
 @pytest.mark.parametrize(

@@ -256,12 +256,11 @@ def test_a_token_key_that_leaves_the_file_takes_its_tokens_along(tmp_path):
 def test_a_server_that_knows_nobody_asks_nothing_of_its_own_machine(tmp_path):
     """Whatever credentials a client happens to have; and on a Unix socket likewise."""
     with serving(listen=f"unix:{tmp_path}/socket") as server:
-        target = f"unix:{tmp_path}/socket"
-        with Client(target, credentials=Credentials(api_key="camserve_any")) as client:
+        assert f"unix:{tmp_path}/socket" == server.target
+        with Client(server.target, credentials=Credentials(api_key="camserve_any")) as client:
             assert () == client.models()
             with pytest.raises(Exception, match="REPOSITORY_MISSING"):
                 client.load_model("surface")
-        assert server.app.port
 
 
 @pytest.mark.parametrize(
@@ -293,12 +292,17 @@ def test_the_log_names_callers_and_holds_no_credentials(tmp_path, capfd):
     path = tmp_path / "callers.toml"
     path.write_text(ENTRIES)
     signed = token(ISSUER_KEY)
+    stream = "/inference.GRPCInferenceService/ModelStreamInfer"
     with serving(callers=path, log_level="debug", log_format="json") as server:
         for metadata in (key(KEY), key("camserve_wrong"), bearer(signed), bearer(EXPIRED)):
             code(server, metadata)
+        with grpc.insecure_channel(server.target) as channel:
+            assert 1 == len(list(channel.stream_stream(stream)(iter([b""]), metadata=key(KEY), timeout=60)))
 
     logged = capfd.readouterr().err
-    calls = [json.loads(line) for line in logged.splitlines() if '"call"' in line]
+    found = [json.loads(line) for line in logged.splitlines() if '"call"' in line]
+    assert {"line-3"} == {line.get("caller") for line in found if line["rpc"] == stream}
+    calls = [line for line in found if line["rpc"] == MODELS]
     assert ["line-3", None, None, None] == [line.get("caller") for line in calls]
     assert [None, "CREDENTIALS_INVALID", "CREDENTIALS_INVALID", "CREDENTIALS_EXPIRED"] == [
         line.get("reason") for line in calls

@@ -166,3 +166,27 @@ def test_no_caller_can_take_the_whole_door_unless_told(max_requests, asked, conc
     settings = load_settings(max_requests=max_requests, caller_concurrency=asked)
 
     assert concurrency == settings.caller_limits.concurrency
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"jwt_keys": "issuer.pem"}, "jwt_keys needs jwt_audience"),
+        ({"jwt_keys": "issuer.pem", "jwt_audience": ""}, "jwt_keys needs jwt_audience"),
+        ({"tls_certificate": "server.pem"}, "come together"),
+        ({"tls_key": "server.key"}, "come together"),
+        ({"tls_client_ca": "ca.pem"}, "needs tls_certificate"),
+        ({"listen": "unix:"}, "is not an address"),
+        ({"metrics_listen": "unix:/run/page"}, "is not an address"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(given, why):
+    """Half of a pair protects nobody."""
+    with pytest.raises(ValueError, match=why):
+        load_settings(**given)
+
+
+def test_a_server_listens_on_its_own_machine_unless_it_is_told_otherwise():
+    """So that nobody opens one to others by accident; a socket is an address too."""
+    assert "127.0.0.1:50051" == load_settings().listen
+    assert "unix:/run/camserve.sock" == load_settings(listen="unix:/run/camserve.sock").listen

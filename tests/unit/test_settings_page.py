@@ -111,3 +111,16 @@ def test_json_alone_is_wrong_usage() -> None:
 
     assert 2 == result.exit_code
     assert "--log-format json" in result.stderr
+
+
+def test_files_of_secrets_are_told_by_their_paths_alone(tmp_path: Path) -> None:
+    """What is in them is not read for the page."""
+    (tmp_path / "server.key").write_text("swordfish", encoding="utf-8")
+    (tmp_path / "server.pem").write_text("swordfish", encoding="utf-8")
+
+    page = run("--tls-key", tmp_path / "server.key", "--tls-certificate", tmp_path / "server.pem", "--allow-anonymous")
+
+    assert 0 == page.exit_code, page.output
+    assert f'tls_key = "{tmp_path / "server.key"}"  # flag: --tls-key' in page.stdout
+    assert "allow_anonymous = true  # flag: --allow-anonymous" in page.stdout
+    assert "swordfish" not in page.output

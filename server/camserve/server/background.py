@@ -29,7 +29,7 @@ class BackgroundServer:
 
     Attributes:
         app: the server; its objects belong to the server's loop.
-        target: where to connect, such as `127.0.0.1:40123`.
+        target: where to connect, such as `127.0.0.1:40123`, or the Unix socket.
     """
 
     def __init__(self, settings: Settings, sources: Sequence[ModelSource]) -> None:
@@ -47,7 +47,8 @@ class BackgroundServer:
         """
         self._thread.start()
         self.run(self.app.start()).result()
-        self.target = f"127.0.0.1:{self.app.port}"
+        listen = self.app.settings.listen
+        self.target = listen if listen.startswith("unix:") else f"127.0.0.1:{self.app.port}"
         self.run(self.app.load()).result()
         failed = [slot for slot in self.app.repository.slots() if slot.state is ModelState.FAILED]
         if failed:

@@ -172,7 +172,9 @@ async def _serve(app: Any) -> int:
         slots = app.repository.slots()
         ready = [slot.name for slot in slots if slot.served is not None]
         if ready:
-            _tell(f"camserve is ready on port {app.port} with {', '.join(ready)}; metrics on port {app.metrics_port}")
+            listen = app.settings.listen
+            where = listen if listen.startswith("unix:") else f"port {app.port}"
+            _tell(f"camserve is ready on {where} with {', '.join(ready)}; metrics on port {app.metrics_port}")
             await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         else:
             _tell("Error: no model could be loaded: " + "; ".join(f"{s.name}: {s.error}" for s in slots))

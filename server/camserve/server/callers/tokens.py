@@ -105,7 +105,7 @@ def caller_of_token(token: str, keys: Iterable[TokenKey], rules: TokenRules) -> 
 
 def _claims(token: str, key: TokenKey, algorithm: str, rules: TokenRules) -> Mapping[str, Any]:
     required = ["exp", "sub", "aud", *(["iss"] if rules.issuer else [])]
-    return jwt.decode(
+    claims: Mapping[str, Any] = jwt.decode(
         token,
         key.key,
         algorithms=[algorithm],
@@ -114,6 +114,7 @@ def _claims(token: str, key: TokenKey, algorithm: str, rules: TokenRules) -> Map
         leeway=_LEEWAY_SECONDS,
         options={"require": required},
     )
+    return claims
 
 
 def _caller(claims: Mapping[str, Any], rules: TokenRules) -> Caller:

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 from google.rpc import error_details_pb2, status_pb2
 
-from camserve.server.access import AccessRecord, open_record
+from camserve.server.access import AccessRecord, current_record, open_record
 from camserve.server.callers import current_caller
 from camserve.server.callers.turnstile import Turnstile
 from camserve.server.metrics import Metrics
@@ -127,6 +127,7 @@ class Streams:
         record = AccessRecord(
             rpc=around.rpc,
             peer=around.peer,
+            caller=current_record().caller,
             trace=self._tracer.request(around.rpc, around.metadata),
             is_streamed=True,
         )
