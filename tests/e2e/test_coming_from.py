@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
+from click.testing import CliRunner
 from PIL import Image
 from support.nets import TinyNet
 from torchvision.transforms import v2
 
 from camserve.client import Client, Spec
+from camserve.client.cli import main
 from camserve.server.metrics import Metrics
-from camserve.server.models.config import ModelConfig
+from camserve.server.models.config import ModelConfig, read_config
 from camserve.server.models.sources import scan_repository
 from camserve.server.settings import Settings
 
@@ -52,17 +56,36 @@ def run(code: str, folder: Path, target: str = "") -> str:
 
 @pytest.fixture
 def torchserve_models(tmp_path) -> Path:
-    """A repository filled as the page says from what an archive of TorchServe holds."""
-    (labels,) = (block for block in blocks("coming-from-torchserve.md", "python") if "index_to_name" in block)
-    (card,) = blocks("coming-from-torchserve.md", "toml")
-    folder = tmp_path / "models" / "part"
-    (folder / "1").mkdir(parents=True)
+    """A repository filled as the page says from an archive of TorchServe."""
+    (labels,) = (block for block in blocks("coming-from-torchserve.md", "python") if "part.mar" in block)
+    (commands,) = blocks("coming-from-torchserve.md", "sh")
+    add, serve = commands.splitlines()
     names = {"0": ["n01", "good"], "1": "scratch", "2": "spot", "3": "crack", "4": "stain"}
-    (folder / "index_to_name.json").write_text(json.dumps(names), encoding="utf-8")
-    run(labels, folder)
-    (folder / "model.toml").write_text(card, encoding="utf-8")
-    torch.jit.save(torch.jit.script(TinyNet(classes=5).eval()), str(folder / "1" / "model.pt"))
-    return folder.parent
+    with zipfile.ZipFile(tmp_path / "part.mar", "w") as archive, archive.open("part.pt", "w") as file:
+        torch.jit.save(torch.jit.script(TinyNet(classes=5).eval()), file)
+    with zipfile.ZipFile(tmp_path / "part.mar", "a") as archive:
+        archive.writestr("index_to_name.json", json.dumps(names))
+        archive.writestr("MAR-INF/MANIFEST.json", "{}")
+
+    run(labels, tmp_path)
+    with contextlib.chdir(tmp_path):
+        done = CliRunner().invoke(main, add.split()[1:])
+
+    assert 0 == done.exit_code, done.output
+    assert "camserve serve --models models" == serve
+    return tmp_path / "models"
+
+
+def test_torchserve_card(torchserve_models, tmp_path):
+    """The card on the page is the one that the page's command writes."""
+    (card,) = blocks("coming-from-torchserve.md", "toml")
+    (tmp_path / "model.toml").write_text(card, encoding="utf-8")
+
+    (added,) = scan_repository(torchserve_models)
+    written = read_config(tmp_path / "model.toml")
+
+    assert (added.config.labels, added.config.recipe()) == (written.labels, written.recipe())
+    assert added.config.output == written.output
 
 
 def test_torchserve_maps_are_the_same(serve, torchserve_models, tmp_path, samples):
