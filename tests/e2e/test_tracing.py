@@ -18,6 +18,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from support import oip
 from support.fragile import SLOW, fragile_source, slow
 from support.nets import TinyNet
 from support.otlp import Collector, Span, collecting
@@ -308,3 +309,56 @@ async def test_a_collector_that_is_gone_holds_up_nobody(monkeypatch, capsys):
     assert 20 > time.monotonic() - began
     events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     assert "spans were lost: the collector did not take them in time" in events
+
+
+async def test_requests_of_the_open_inference_protocol_are_traced_alike(traced, serve, tmp_path):
+    """ModelInfer has one span, a stream one and each of its requests another, all in the caller's trace; stages as ever."""
+    trace_id, span_id, metadata = parent(7)
+    server = serve(script_source("tiny", TinyNet(), tmp_path))
+    with grpc.insecure_channel(server.target) as channel:
+        stub = oip.Stub(channel)
+        stub.ModelInfer(oip.request("tiny", {"input": ROW}, ["heatmap"], id="alone"), metadata=metadata)
+        streamed = [oip.request("tiny", {"input": ROW}, ["heatmap"], id=name) for name in ("first", "second")]
+        assert 4 == len(list(stub.ModelStreamInfer(iter(streamed), metadata=metadata)))
+        stub.ServerLive(oip.message("ServerLiveRequest"), metadata=metadata)
+
+    def calls() -> dict[object, Span]:
+        told = [
+            span for span in traced.spans() if span.attributes.get("rpc.service") == "inference.GRPCInferenceService"
+        ]
+        return {span.attributes.get("camserve.request_id", span.name): span for span in told}
+
+    stream = "inference.GRPCInferenceService/ModelStreamInfer"
+    await until(lambda: {"alone", "first", "second", stream} <= set(calls()))
+    found = calls()
+    assert {"alone", "first", "second", stream} == set(found)
+    assert {(trace_id, span_id)} == {(span.trace_id, span.parent_id) for span in found.values()}
+    for name in ("alone", "first", "second"):
+        await until(lambda name=name: len(children(traced.spans(), found[name])) == 4)
+        stages = [span.name for span in children(traced.spans(), found[name])]
+        assert ["decode", "queue", "device", "encode"] == stages
+
+
+async def test_requests_of_the_open_inference_protocol_are_logged_alike(serve, tmp_path):
+    """One line for each request, of a stream too, with id, model and lane; the stream has one of its own; probes have none."""
+    server = serve(script_source("tiny", TinyNet(), tmp_path), log_level="info")
+    with structlog.testing.capture_logs() as lines, grpc.insecure_channel(server.target) as channel:
+        stub = oip.Stub(channel)
+        asked = [
+            oip.request("tiny", {"input": ROW}, id=name, parameters={"priority": 3}) for name in ("alone", "streamed")
+        ]
+        stub.ModelInfer(asked[0])
+        list(stub.ModelStreamInfer(iter(asked[1:])))
+        stub.ServerLive(oip.message("ServerLiveRequest"))
+
+        def told() -> dict[str, dict[str, object]]:
+            calls = [line for line in lines if line["event"] == "call" and line["log_level"] == "info"]
+            return {str(line.get("request_id", line["rpc"])): line for line in calls}
+
+        stream = "/inference.GRPCInferenceService/ModelStreamInfer"
+        await until(lambda: {"alone", "streamed", stream} <= set(told()))
+
+    assert {"alone", "streamed", stream} == set(told())
+    assert {("tiny", "1", "bulk", "OK")} == {
+        tuple(told()[name][key] for key in ("model", "version", "lane", "code")) for name in ("alone", "streamed")
+    }
