@@ -8,17 +8,20 @@ import hmac
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from support.credentials import AUDIENCE, ISSUER, ec_key, jwks, key_entry, public_pem, replace, rsa_key, token
 from support.rpcs import registered_rpcs
 from support.servers import Metrics, serving, settings, soon
 
-from camserve.client import Client, Credentials, Unauthenticated
+from camserve.client import AsyncClient, Client, Credentials, Unauthenticated
+from camserve.client.cli import main
 from camserve.server.background import BackgroundServer
 
 ISSUER_KEY = ec_key()
@@ -28,6 +31,7 @@ EXPIRED, EXPIRED_ENTRY = key_entry("old", ["explain", "admin"], expires="2020-01
 EARLY, EARLY_ENTRY = key_entry("new", ["explain", "admin"], not_before="2100-01-01T00:00:00Z")
 ENTRIES = "\n".join((ENTRY, OPS_ENTRY, EXPIRED_ENTRY, EARLY_ENTRY))
 MODELS = "/camserve.v1.ModelService/ListModels"
+SAMPLE = next((Path(__file__).parents[2] / "server/camserve/server/demo/samples").glob("*.jpg"))
 
 
 def key(value: str) -> tuple[tuple[str, str], ...]:
@@ -278,6 +282,50 @@ def test_anonymous_callers_may_explain_if_they_are_allowed_and_nothing_else(tmp_
                 client.load_model("surface")
         if changes:
             assert grpc.StatusCode.UNAUTHENTICATED is code(server, key("camserve_wrong"))
+
+
+COMMANDS = {
+    "models": [],
+    "explain": [str(SAMPLE), "--model", "surface", "-m", "grad-cam"],
+    "bench": ["--seconds", "0.2", "--warm-up", "0", "--concurrency", "1"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_asks_a_server_sends_the_key(demo_with_callers, name, tmp_path):
+    """From the variable or the flag; without it the refusal is told in one line, and the key is in no output or report."""
+    words = [name, *COMMANDS[name], "--server", demo_with_callers.target]
+    report = ["--json", str(tmp_path / "run.json")] if name == "bench" else []
+
+    without = CliRunner().invoke(main, words)
+    by_variable = CliRunner().invoke(main, words, env={"CAMSERVE_API_KEY": KEY})
+    by_flag = CliRunner().invoke(main, [*words, *report, "--api-key", KEY])
+    doubtful = CliRunner().invoke(main, [*words, "--api-key", KEY, "--token", "a.b.c"])
+
+    assert (1, 0, 0, 2) == tuple(result.exit_code for result in (without, by_variable, by_flag, doubtful))
+    assert "CREDENTIALS_MISSING" in without.output
+    assert KEY not in by_variable.output + by_flag.output + doubtful.output
+    assert all(KEY not in file.read_text() for file in tmp_path.iterdir())
+
+
+async def test_the_async_client_sends_what_it_is_given(demo_with_callers):
+    """With unary calls and with streams; a token that is renewed is asked for with each."""
+    given = iter([KEY, OPS, "camserve_wrong"])
+    image = np.zeros((64, 64, 3), np.uint8)
+    async with AsyncClient(demo_with_callers.target, credentials=Credentials(token=lambda: next(given))) as client:
+        assert ["surface"] == [status.name for status in await client.models()]
+        assert (await client.explain(image, model="surface")).prediction
+        with pytest.raises(Unauthenticated, match="CREDENTIALS_INVALID"):
+            await client.models()
+
+
+@pytest.fixture(scope="module")
+def demo_with_callers(tmp_path_factory) -> Iterator[BackgroundServer]:
+    """The shipped model, for those who have a key."""
+    path = tmp_path_factory.mktemp("demo") / "callers.toml"
+    path.write_text(ENTRIES)
+    with serving(with_model=True, callers=path) as server:
+        yield server
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])

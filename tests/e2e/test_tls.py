@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.credentials import Pair, authority, key_entry, replace, server_pair
 from support.servers import Metrics, serving, soon
 
@@ -67,6 +71,17 @@ def shown(server: BackgroundServer) -> bytes:
         return encrypted.getpeercert(binary_form=True) or b""
 
 
+@contextlib.contextmanager
+def watched(server: BackgroundServer, materials: Materials) -> Iterator[grpc.Call]:
+    """A call that lasts: Watch of the health service, on a connection of its own."""
+    trusted = grpc.ssl_channel_credentials(materials.authority.certificate)
+    with grpc.secure_channel(f"localhost:{server.app.port}", trusted) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
+        assert health_pb2.HealthCheckResponse.SERVING == next(watch).status
+        yield watch
+        watch.cancel()
+
+
 def der(pair: Pair) -> bytes:
     """A pair's certificate."""
     return pair.x509.public_bytes(Encoding.DER)
@@ -91,7 +106,7 @@ def test_certificates_are_rotated_under_load_and_no_call_fails(materials):
     """New connections see the new certificate, those from before go on; half of a pair, or none, never serves."""
     image = np.zeros((64, 64, 3), np.uint8)
     credentials = Credentials(ca=materials.ca)
-    with serving(with_model=True, **materials.settings) as server:
+    with serving(with_model=True, **materials.settings) as server, watched(server, materials) as watch:
         target = f"localhost:{server.app.port}"
         stop = threading.Event()
         answered = 0
@@ -128,6 +143,9 @@ def test_certificates_are_rotated_under_load_and_no_call_fails(materials):
             loading.join()
             threading.excepthook = hook
 
+        # The call that was under way all the time hears from its server still.
+        server.run(server.app._health.set_server(is_serving=False)).result()
+        assert health_pb2.HealthCheckResponse.NOT_SERVING == next(watch).status
     assert [] == failures
     assert 24 <= answered
 
