@@ -99,7 +99,7 @@ def test_a_connection_without_calls_is_closed(serve_tiny):
 
 def test_an_old_connection_takes_no_more_calls(serve_tiny):
     """Its caller is told to connect anew, then it is closed; no call of our client fails meanwhile."""
-    server = serve_tiny(connection_age_seconds=0.3, connection_age_grace_seconds=1)
+    server = serve_tiny(connection_age_seconds=0.3, connection_age_grace_seconds=60)
     with RawConnection(server.target) as old, Client(server.target) as client:
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
@@ -119,7 +119,8 @@ def test_there_are_so_many_connections(serve_tiny):
         with RawConnection(server.target) as further:
             assert further.is_closed_within(60)
         taken[0].close()
-        with Client(server.target, timeout=60) as client:
+        # Tries again until the server has read that somebody left.
+        with Client(server.target, timeout=120, retries=100) as client:
             assert client.explain(ROW, model="tiny").prediction
 
 

@@ -49,7 +49,7 @@ async def held(server: Held) -> AsyncIterator[Held]:
 @pytest.fixture
 async def client(server: Held) -> AsyncIterator[AsyncClient]:
     """A client that does not try again."""
-    async with AsyncClient(server.served.target, retries=0, timeout=120) as client:
+    async with AsyncClient(server.served.target, retries=0, timeout=500) as client:
         yield client
 
 
@@ -178,7 +178,7 @@ MOST_GROWTH_BYTES = 2 * (LIMIT * 3 * SIDE * SIDE * 4 + REQUESTS * len(PHOTOGRAPH
 async def all_at_once(held: Held) -> None:
     """Sends 256 pictures; a quarter finds room, the others are told when to come back while the device stands still."""
     held.gate.close()
-    async with AsyncClient(held.served.target, retries=0, timeout=120) as client:
+    async with AsyncClient(held.served.target, retries=0, timeout=500) as client:
         calls = [
             asyncio.create_task(client.explain(PHOTOGRAPH, model="held", specs=["grad-cam"])) for _ in range(REQUESTS)
         ]
