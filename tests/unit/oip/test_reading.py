@@ -356,3 +356,26 @@ def test_large_json_is_no_matter():
     """A target may be long; what is refused is told in few words."""
     with pytest.raises(CamserveError):
         spec_of(target=json.dumps({"embedding": {"vector": {"values": [0.5] * 70_000}}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"inputs": [ModelInferRequest.InferInputTensor()] * 1025}, "inputs holds 1026"),
+        ({"outputs": [ModelInferRequest.InferRequestedOutputTensor()] * 1025}, "outputs holds 1025"),
+        ({"parameters": {str(name): parameter(1) for name in range(257)}}, "parameters holds 257"),
+        ({"parameters": {"explain.layer": parameter("a," * 600_000)}}, "1200000 characters"),
+        ({"raw_input_contents": [b""] * 100_000}, "100001 for 1 inputs"),
+        (
+            {
+                "inputs": [ModelInferRequest.InferInputTensor(name="b", shape=[1] * 100_000)],
+                "raw_input_contents": [b""],
+            },
+            "100000 sizes",
+        ),
+    ],
+)
+def test_what_could_not_be_meant_is_not_gone_through(changes, said):
+    """A message holds millions of entries; they are counted before any is looked at."""
+    with pytest.raises(InvalidRequest, match=said):
+        asked(request(**changes))

@@ -77,7 +77,7 @@ def heatmap_output(wanted: WantedHeatmap, rows: Sequence[Sequence[jobs.Heatmap]]
         raise _uneven(wanted, f"{' and '.join(str(len(maps)) for maps in rows)} maps")
     every = [heatmap for maps in rows for heatmap in maps]
     lead = (len(rows), len(rows[0])) if wanted.has_several else (len(rows),)
-    kind = _CELLS.get(wanted.spec.encoding)
+    kind, raw = _CELLS.get(wanted.spec.encoding), None
     if kind is None:
         files = np.empty(len(every), object)
         files[:] = [heatmap.payload for heatmap in every]
@@ -86,9 +86,9 @@ def heatmap_output(wanted: WantedHeatmap, rows: Sequence[Sequence[jobs.Heatmap]]
         shapes = {heatmap.shape for heatmap in every}
         if len(shapes) != 1:
             raise _uneven(wanted, f"maps of {' and '.join(map(str, sorted(shapes)))} cells")
-        cells = np.frombuffer(b"".join(map(_payload, every)), kind)
-        values = cells.reshape(*lead, *shapes.pop())
-    return Output(name=wanted.name, values=values, facts=_facts(every, has_several=wanted.has_several))
+        raw = b"".join(map(_payload, every))
+        values = np.frombuffer(raw, kind).reshape(*lead, *shapes.pop())
+    return Output(name=wanted.name, values=values, facts=_facts(every, has_several=wanted.has_several), raw=raw)
 
 
 def _payload(heatmap: jobs.Heatmap) -> bytes:

@@ -30,8 +30,8 @@ from camserve.server.validate import RequestLimits
 
 __all__ = ["Explained", "Failed", "Inference", "Predicted", "Step"]
 
-# Typed contents of so many bytes are read in about half a millisecond, and so many raw ones copied.
-_QUICK_TYPED_BYTES: Final = 65_536
+# Typed contents and parameters of so many bytes are read in about half a millisecond, and so many raw bytes copied.
+_QUICK_READ_BYTES: Final = 65_536
 _QUICK_BYTES: Final = 4 << 20
 
 
@@ -189,9 +189,11 @@ class Inference:
 
 
 def _is_quickly_read(request: Any) -> bool:
-    typed_bytes: int = sum(given.contents.ByteSize() for given in request.inputs)
+    read_bytes: int = sum(given.contents.ByteSize() for given in request.inputs)
+    read_bytes += sum(output.ByteSize() for output in request.outputs)
+    read_bytes += sum(value.ByteSize() for value in request.parameters.values())
     total_bytes: int = request.ByteSize()
-    return typed_bytes <= _QUICK_TYPED_BYTES and total_bytes <= _QUICK_BYTES
+    return read_bytes <= _QUICK_READ_BYTES and total_bytes <= _QUICK_BYTES
 
 
 def _step(

@@ -21,6 +21,9 @@ Value: TypeAlias = bool | int | float | str
 
 # A name may be as long as a message; finding near ones takes time that grows with it, and this is the event loop.
 _COMPARED_CHARACTERS = 128
+# Parameters are words and numbers, and at most a table with a vector in it. Reading more would take time on the event loop.
+_MOST_PARAMETERS = 256
+_LONGEST_TEXT = 1 << 20
 # No number that anything takes has more digits.
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 
@@ -33,14 +36,19 @@ def values(parameters: Mapping[str, Any], field: str) -> dict[str, Value]:
         field: path of the map, for errors.
 
     Raises:
-        InvalidRequest: one has no value, or bytes.
+        InvalidRequest: one has no value, or bytes, or a very long text; or there are very many.
     """
+    if len(parameters) > _MOST_PARAMETERS:
+        raise _wrong(field, f"holds {len(parameters)}, more than {_MOST_PARAMETERS}")
     found: dict[str, Value] = {}
     for name, given in parameters.items():
         kind = given.WhichOneof("parameter_choice")
         if kind is None or kind == "bytes_param":
             raise _wrong(f"{field}[{name}]", "has no value; set one of bool, int64, uint64, double or string")
-        found[name] = getattr(given, kind)
+        value = getattr(given, kind)
+        if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+            raise _wrong(f"{field}[{name}]", f"has {len(value)} characters, more than {_LONGEST_TEXT}")
+        found[name] = value
     return found
 
 

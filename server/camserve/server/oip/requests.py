@@ -41,6 +41,8 @@ _DEFAULTS: Final = "explain."
 _TRITONS: Final = ("triton_enable_empty_final_response", "triton_final_response")
 # What else the protocol's clients send with every request; it says nothing to this server.
 _IGNORED_OF_OUTPUT: Final = ("binary_data",)
+# No model takes or gives as many, and the limit on specs is lower.
+_MOST_TENSORS: Final = 1024
 # A detector lists all that it found.
 _ALL: Final = 2**31 - 1
 
@@ -152,8 +154,12 @@ def read_terms(request: Any) -> Terms:
     """What a request says besides its inputs and outputs; quick, whatever its size.
 
     Raises:
-        InvalidRequest: the id or a parameter is wrong, or one is unknown that would have changed the answer.
+        InvalidRequest: the id or a parameter is wrong, or one is unknown that would have changed the answer; or there are more
+            inputs or outputs than could be meant, which nobody should go through.
     """
+    for field, count in (("inputs", len(request.inputs)), ("outputs", len(request.outputs))):
+        if count > _MOST_TENSORS:
+            raise InvalidRequest(Reason.FIELD_INVALID, f"{field} holds {count}, more than {_MOST_TENSORS}", field=field)
     given = values(request.parameters, "parameters")
     outputs = {output.name for output in request.outputs}
     defaults: dict[str, Value] = {}

@@ -32,9 +32,8 @@ _CONTENTS: Final = {
     "UINT8": ("uint_contents", "<u4"),
 }
 _MAX_RANK: Final = 32
-# No request that could be meant has more files, or more inputs; finding out costs time that grows with them.
+# No request that could be meant has more files; finding out costs time that grows with them.
 _MOST_ELEMENTS: Final = 65_536
-_MOST_INPUTS: Final = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +96,13 @@ def read_inputs(request: Any) -> dict[str, Input]:
         InvalidRequest: an input is there twice, or its type, shape and contents do not agree.
         Unsupported: it lies in shared memory.
     """
-    if len(request.inputs) > _MOST_INPUTS:
-        raise _wrong("inputs", f"holds {len(request.inputs)}; no model takes more than {_MOST_INPUTS}")
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
+    count = len(request.raw_input_contents)
+    if count and count != len(request.inputs):
         raise _wrong(
             "raw_input_contents",
-            f"holds {len(raw)} for {len(request.inputs)} inputs; send one for each, or none and typed contents",
+            f"holds {count} for {len(request.inputs)} inputs; send one for each, or none and typed contents",
         )
+    raw = list(request.raw_input_contents)
     found: dict[str, Input] = {}
     for place, message in enumerate(request.inputs):
         if message.name in found:
@@ -114,17 +112,18 @@ def read_inputs(request: Any) -> dict[str, Input]:
 
 
 def _input(message: Any, raw: bytes | None) -> Input:
-    shape = tuple(message.shape)
     field = f"inputs[{message.name}]"
+    if len(message.shape) > _MAX_RANK:
+        raise _wrong(f"{field}.shape", f"has {len(message.shape)} sizes; give 1 to {_MAX_RANK}")
+    shape = tuple(message.shape)
     if any(name.startswith("shared_memory_") for name in message.parameters):
         raise Unsupported(
             Reason.FEATURE_NOT_IMPLEMENTED,
             f"{field} lies in shared memory, which this server does not read; send it in the request",
             field=field,
         )
-    if not shape or len(shape) > _MAX_RANK or any(size < 1 for size in shape):
-        shown = f"{list(shape[:_MAX_RANK])}{' …' if len(shape) > _MAX_RANK else ''}"
-        raise _wrong(f"{field}.shape", f"is {shown}; give 1 to {_MAX_RANK} sizes, each at least 1")
+    if not shape or any(size < 1 for size in shape):
+        raise _wrong(f"{field}.shape", f"is {list(shape)}; give 1 to {_MAX_RANK} sizes, each at least 1")
     given = Input(name=message.name, datatype=message.datatype, shape=shape)
     if message.datatype != "BYTES" and message.datatype not in DATATYPES:
         raise mismatch(given, f"cannot be taken; send one of {', '.join((*DATATYPES, 'BYTES'))}")
@@ -195,11 +194,13 @@ class Output:
         name: as it was asked for.
         values: an array of numbers, or of bytes objects.
         facts: its parameters.
+        raw: the elements as they are sent, where they are at hand already: a map may be as large as a photograph.
     """
 
     name: str
     values: npt.NDArray[Any]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    raw: bytes | None = None
 
 
 _OF_NUMPY: Final = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64", "object": "BYTES"}
@@ -217,7 +218,7 @@ def put_output(response: Any, output: Output) -> None:
     )
     for name, fact in output.facts.items():
         message.parameters[name].CopyFrom(fact)
-    response.raw_output_contents.append(_raw(output.values))
+    response.raw_output_contents.append(_raw(output.values) if output.raw is None else output.raw)
 
 
 def _raw(values: npt.NDArray[Any]) -> bytes:
