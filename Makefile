@@ -75,13 +75,16 @@ bench-peers: $(PEERS)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers $(PEERS_OPTIONS)
 
 # What tests/e2e/test_standard_clients.py talks with; Node and npm come from the machine. `.installed` is written last, so that an
-# installation that was broken off counts as none.
+# installation that was broken off, or cannot be imported, counts as none.
+IMPORTED_tritonclient := tritonclient.grpc.aio
+IMPORTED_kserve := kserve
 clients: $(CLIENTS)/tritonclient/.installed $(CLIENTS)/kserve/.installed $(CLIENTS)/node/.installed
 
 $(CLIENTS)/tritonclient/.installed $(CLIENTS)/kserve/.installed: $(CLIENTS)/%/.installed: tests/clients/%/requirements.txt $(INSTALLED)
 	rm -rf $(@D)
 	PATH="$(abspath $(BIN)):$$PATH" uv venv --quiet --python $(BIN)/python $(@D)
 	PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(@D))" uv pip install --quiet --requirement $<
+	PYTHONPATH= PYTHONDONTWRITEBYTECODE= $(@D)/bin/python -c 'import $(IMPORTED_$*)'
 	@touch $@
 
 $(CLIENTS)/node/.installed: tests/clients/node/package.json
