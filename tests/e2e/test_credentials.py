@@ -239,6 +239,21 @@ def test_a_key_is_revoked_and_another_added_while_the_server_serves(tmp_path):
         assert 2 <= Metrics(server).value("camserve_refused_callers_total", reason="CREDENTIALS_INVALID")
 
 
+def test_files_are_followed_as_kubernetes_changes_them(tmp_path):
+    """The file is a link through a folder that is itself a link, and only that one is put in the place of another."""
+    for version, entry in (("1", ENTRY), ("2", OPS_ENTRY)):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "callers.toml").write_text(entry)
+    (tmp_path / "..data").symlink_to("1")
+    (tmp_path / "callers.toml").symlink_to("..data/callers.toml")
+    with serving(callers=tmp_path / "callers.toml") as server:
+        assert grpc.StatusCode.OK is code(server, key(KEY))
+        (tmp_path / "..data_new").symlink_to("2")
+        (tmp_path / "..data_new").replace(tmp_path / "..data")
+        soon(lambda: code(server, key(OPS)) is grpc.StatusCode.OK)
+        assert grpc.StatusCode.UNAUTHENTICATED is code(server, key(KEY))
+
+
 def test_a_token_key_that_leaves_the_file_takes_its_tokens_along(tmp_path):
     """And one that comes brings them; both serve while both are there, as an issuer changes its keys."""
     old, new, path = ec_key(), ec_key(), tmp_path / "issuer.json"

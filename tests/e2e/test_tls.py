@@ -167,6 +167,33 @@ def test_mutual_tls_lets_in_whom_the_authority_has_certified(materials):
                 client.models()
 
 
+def test_authorities_of_clients_change_while_the_server_serves(materials):
+    """Who was certified by the one that left gets no new connection; who has one goes on."""
+    other = authority("other")
+    clients = materials.folder / "clients.pem"
+    replace(clients, materials.authority.certificate)
+    mine = Credentials(ca=materials.ca, **materials.client("line-3"))
+    certificate, secret = Pair("line-4", signed_by=other).write(materials.folder, "line-4")
+    theirs = Credentials(ca=materials.ca, certificate=certificate, key=secret)
+    with serving(**materials.settings, tls_client_ca=clients) as server:
+        target = f"localhost:{server.app.port}"
+
+        def is_let_in(credentials: Credentials) -> bool:
+            with Client(target, retries=0, timeout=60, credentials=credentials) as client:
+                try:
+                    return client.models() == ()
+                except Unavailable:
+                    return False
+
+        with Client(target, retries=0, timeout=60, credentials=mine) as before:
+            assert () == before.models()
+            assert not is_let_in(theirs)
+            replace(clients, other.certificate)
+            soon(lambda: is_let_in(theirs))
+            assert not is_let_in(mine)
+            assert () == before.models()
+
+
 CERTIFICATES = """
 [[certificate]]
 identity = "spiffe://plant/ops"
