@@ -14,7 +14,17 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-__all__ = ["EXPLAIN", "PREFACE", "Frame", "Kind", "RawConnection", "frame", "headers", "message_head"]
+__all__ = [
+    "EXPLAIN",
+    "PREFACE",
+    "Frame",
+    "Kind",
+    "RawConnection",
+    "frame",
+    "headers",
+    "message_head",
+    "send_as_allowed",
+]
 
 EXPLAIN = "/camserve.v1.ExplanationService/Explain"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -197,3 +207,38 @@ def _text(value: bytes) -> bytes:
         coded.append(length % 128 + 128)
         length //= 128
     return bytes([*coded, length]) + value
+
+
+def send_as_allowed(connection: RawConnection, messages: dict[int, bytes], seconds: float) -> tuple[int, set[int]]:
+    """Sends pieces of messages on their streams, as far as the server's flow control lets them through.
+
+    Args:
+        connection: whose settings have not been read yet.
+        messages: by stream that has begun.
+        seconds: after which it is given up.
+
+    Returns:
+        Bytes sent, and the streams that the server has ended.
+    """
+    left, sent, over = dict(messages), 0, set[int]()
+    windows, of_all, initial = dict.fromkeys(messages, 65535), 65535, 65535
+    for found in connection.frames(seconds):
+        number = int.from_bytes(found.payload[:4], "big")
+        if found.kind == Kind.WINDOW_UPDATE and not found.stream:
+            of_all += number
+        elif found.kind == Kind.WINDOW_UPDATE:
+            windows[found.stream] += number
+        elif found.kind == Kind.RST_STREAM or (found.kind == Kind.HEADERS and found.flags & _END_STREAM):
+            over.add(found.stream)
+        elif found.kind == Kind.SETTINGS and not found.flags & _ACK:
+            for place in range(0, len(found.payload), 6):
+                if found.payload[place : place + 2] == b"\x00\x04":
+                    told = int.from_bytes(found.payload[place + 2 : place + 6], "big")
+                    windows = {stream: window + told - initial for stream, window in windows.items()}
+                    initial = told
+        for stream in left.keys() - over:
+            while (room := min(1 << 14, of_all, windows[stream], len(left[stream]))) > 0:
+                connection.data(stream, left[stream][:room])
+                left[stream] = left[stream][room:]
+                of_all, windows[stream], sent = of_all - room, windows[stream] - room, sent + room
+    return sent, over

@@ -30,6 +30,7 @@ from camserve.server.errors import (
 from camserve.server.interceptors import CallInterceptor
 from camserve.server.logs import configure_logs
 from camserve.server.metrics import Metrics
+from camserve.server.reception import Reception
 from camserve.server.validate import RequestLimits, check_job
 from camserve.server.wire.requests import job_from_request
 from camserve.v1 import explanation_service_pb2, spec_pb2
@@ -56,7 +57,9 @@ class Service:
         self.metrics = Metrics()
         turnstile = Turnstile(lambda _: CallerLimits(), self.metrics)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self.metrics, turnstile, guard=GUARD, write_seconds=60)]
+            interceptors=[
+                CallInterceptor(self.metrics, turnstile, Reception(8, 60, self.metrics), guard=GUARD, write_seconds=60)
+            ]
         )
 
     async def start(self, unary: Handler, stream: Handler, chat: Handler | None = None) -> grpc.aio.Channel:

@@ -109,6 +109,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
         ("max_connection_streams", 0),
         ("max_metadata_bytes", 100),
         ("handshake_seconds", 0),
+        ("receive_seconds", 0),
         ("idle_connection_seconds", -1),
         ("connection_age_seconds", -1),
         ("min_ping_seconds", -1),

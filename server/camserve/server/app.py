@@ -48,6 +48,7 @@ from camserve.server.oip.streams import Streams
 from camserve.server.pages import Pages
 from camserve.server.pipeline import Pipeline
 from camserve.server.queue import DeviceQueue
+from camserve.server.reception import Reception
 from camserve.server.runner import Runner
 from camserve.server.service import ExplanationServicer, ModelServicer
 from camserve.server.settings import Settings
@@ -149,6 +150,7 @@ class App:
                 CallInterceptor(
                     metrics,
                     self.turnstile,
+                    Reception(settings.messages_at_once, settings.receive_seconds, metrics),
                     guard=self._credentials.guard,
                     write_seconds=settings.write_seconds,
                     tracer=self._tracer,

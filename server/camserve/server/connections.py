@@ -12,6 +12,8 @@ from camserve.server.settings import Settings
 
 __all__ = ["connection_options", "most_connections"]
 
+# Enough for most tensors and many pictures to arrive while their call begins.
+_LOOKAHEAD_BYTES = 64 << 10
 # What gRPC means by for ever.
 _NEVER_MS = (1 << 31) - 1
 
@@ -29,6 +31,9 @@ def connection_options(settings: Settings) -> list[tuple[str, int]]:
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return [
         ("grpc.so_reuseport", 0),
+        # What gRPC takes of a message before anybody asks for it, whatever it thinks that the network could carry.
+        ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_receive_message_length", settings.max_request_bytes),
         ("grpc.max_send_message_length", -1),
         # Between a soft and a hard limit gRPC would refuse some and let others pass, by chance.

@@ -23,6 +23,7 @@ from camserve.server.callers import Caller, Guard, current_caller, set_caller
 from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import CamserveError, DeadlineExceeded, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
+from camserve.server.reception import Reception
 from camserve.server.statuses import status_for
 from camserve.server.tracing import UNTRACED, Tracer
 
@@ -30,8 +31,8 @@ __all__ = ["CallInterceptor"]
 
 _T = TypeVar("_T")
 _Reader: TypeAlias = Callable[[bytes], Any]
-# From what gRPC hands over, one message in bytes or a stream of them, to what a handler takes.
-_Taker: TypeAlias = Callable[[Any], Any]
+# From what gRPC hands over, a stream of messages in bytes and the call's context, to what a handler takes.
+_Taker: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -48,6 +49,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self,
         metrics: Metrics,
         turnstile: Turnstile,
+        reception: Reception,
         *,
         guard: Guard,
         write_seconds: float,
@@ -55,6 +57,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     ) -> None:
         self._metrics = metrics
         self._turnstile = turnstile
+        self._reception = reception
         self._write_seconds = write_seconds
         self._guard = guard
         self._tracer = tracer
@@ -71,16 +74,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             # As a stream, whatever the rpc is: gRPC then receives nothing of what is sent before it is refused.
             return grpc.stream_stream_rpc_method_handler(self._refusing(rpc, refusal))
         # Messages are read here and not by gRPC, which says UNKNOWN where one cannot be.
-        take = functools.partial(_Messages if handler.request_streaming else _read, read=read, rpc=rpc)
-        streaming = functools.partial(self._streaming, rpc, caller, take)
-        unary = functools.partial(self._unary, rpc, caller, take)
+        take = functools.partial(_messages if handler.request_streaming else self._message, read=read, rpc=rpc)
+        streaming = functools.partial(self._streaming, rpc, caller)
+        unary = functools.partial(self._unary, rpc, caller)
         if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(streaming(handler.stream_stream), None, write)
+            return grpc.stream_stream_rpc_method_handler(streaming(take, handler.stream_stream), None, write)
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(unary(handler.stream_unary), None, write)
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(streaming(handler.unary_stream), None, write)
-        return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary), None, write)
+            return grpc.stream_unary_rpc_method_handler(unary(take, handler.stream_unary), None, write)
+        # On the wire a call of one message is a stream of one. As such its message is read when we say so, and not before.
+        inner = handler.unary_stream if handler.response_streaming else _streamed(handler.unary_unary)
+        return grpc.stream_stream_rpc_method_handler(streaming(take, inner), None, write)
+
+    async def _message(self, _sent: Any, context: Any, *, read: _Reader | None, rpc: str) -> Any:
+        """The one message of a call."""
+        message = await self._reception.take_in(current_caller().name, context.read)
+        if message is grpc.aio.EOF:
+            raise InvalidRequest(Reason.FIELD_INVALID, f"the call of {rpc} ended before a request arrived")
+        return _read(message, read=read, rpc=rpc)
 
     def _refusing(self, rpc: str, refusal: CamserveError) -> Callable[..., Awaitable[None]]:
         async def answer(_sent: Any, _record: AccessRecord, _context: Any) -> None:
@@ -92,7 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self, rpc: str, caller: Caller | None, take: _Taker, inner: Callable[..., Any]
     ) -> Callable[..., Awaitable[None]]:
         async def answer(sent: Any, record: AccessRecord, context: Any) -> None:
-            messages = inner(take(sent), context)
+            messages = inner(await take(sent, context), context)
             if inspect.isasyncgen(messages):
                 # Closed here rather than by the garbage collector: a caller who left gives its place back at once.
                 async with contextlib.aclosing(messages):
@@ -106,7 +116,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self, rpc: str, caller: Caller | None, take: _Taker, inner: Callable[..., Any]
     ) -> Callable[..., Awaitable[Any]]:
         async def answer(sent: Any, _record: AccessRecord, context: Any) -> Any:
-            given = inner(take(sent), context)
+            given = inner(await take(sent, context), context)
             return await given if asyncio.iscoroutine(given) else given
 
         return self._around(rpc, self._known(rpc, caller, answer))
@@ -201,6 +211,21 @@ class _Messages:
 
     async def __anext__(self) -> Any:
         return _read(await anext(self._sent), read=self._read, rpc=self._rpc)
+
+
+async def _messages(sent: AsyncIterator[bytes], _context: Any, *, read: _Reader | None, rpc: str) -> _Messages:
+    return _Messages(sent, read=read, rpc=rpc)
+
+
+def _streamed(inner: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
+    """A handler that returns its answer as one that streams it."""
+
+    async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
+        given = inner(request, context)
+        del request
+        yield await given if asyncio.iscoroutine(given) else given
+
+    return answer
 
 
 def _read(message: bytes, *, read: _Reader | None, rpc: str) -> Any:

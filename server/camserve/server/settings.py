@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 _LARGEST_PORT = 65535
+# Below, callers would take turns where nobody means harm.
+_FEWEST_MESSAGES = 8
 
 
 class Settings(BaseSettings):
@@ -150,6 +152,9 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(50_000_000, ge=1, description="Largest image, judged by its header before decoding.")
     max_specs: int = Field(32, ge=1, description="Most explanations in one request.")
     max_maps: int = Field(128, ge=1, description="Most maps in one request, over all its explanations.")
+    receive_seconds: float = Field(
+        60.0, gt=0, le=7200, description="Longest that a request may take to arrive once its call has begun."
+    )
     write_seconds: float = Field(
         60.0,
         gt=0,
@@ -244,6 +249,11 @@ class Settings(BaseSettings):
     def decoders(self) -> int:
         """Number of decode threads, resolved."""
         return self.decode_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def messages_at_once(self) -> int:
+        """How many messages may be on their way in: should all be as large as allowed, they hold no more than requests may."""
+        return max(_FEWEST_MESSAGES, self.max_held_bytes // self.max_request_bytes)
 
     @property
     def caller_limits(self) -> CallerLimits:
