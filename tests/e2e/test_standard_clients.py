@@ -340,6 +340,25 @@ def test_triton_empty_final_response(triton):
 
 
 @pytest.mark.needs_tritonclient
+def test_triton_errors_of_grpc(triton):
+    """Who asks for statuses in place of messages gets the stream's end, with the status of the first error."""
+    ended = triton["blocking"]["stream ended"]
+
+    assert "StatusCode.NOT_FOUND" == ended["status"]
+    assert "nobody" in ended["message"]
+
+
+@pytest.mark.needs_tritonclient
+def test_triton_leaves_a_stream(triton):
+    """The prediction is there while the map is being made; cancelling gives that up, and the device is free for others."""
+    found = triton["blocking"]
+
+    assert ["logits", "probabilities"] == list(found["before leaving"]["outputs"])
+    assert "StatusCode.CANCELLED" == found["left"]["status"]
+    assert found["predicted"]["outputs"] == found["after leaving"]["outputs"]
+
+
+@pytest.mark.needs_tritonclient
 def test_triton_statistics(triton):
     """What was inferred is counted."""
     assert [["surface", "1", True, True]] == triton["blocking"]["statistics"]

@@ -180,14 +180,7 @@ def blocking() -> dict[str, object]:
             except InferenceServerException as error:
                 found["refused"][name] = refused(error)
 
-        answers: queue.Queue = queue.Queue()
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        client.async_stream_infer(MODEL, tensor(), request_id="first", outputs=SEVERAL)
-        client.async_stream_infer("nobody", tensor(), request_id="lost")
-        client.async_stream_infer(MODEL, tensor(), request_id="last", enable_empty_final_response=True)
-        client.stop_stream()
-        found["stream"] = [told(result) if error is None else refused(error) for result, error in iter_queue(answers)]
-
+        found |= streams(client)
         found["repository"] = [states(client)]
         client.unload_model("spare")
         found["repository"].append(states(client))
@@ -204,6 +197,33 @@ def blocking() -> dict[str, object]:
             [one.name, one.version, one.inference_stats.success.count > 0, one.execution_count > 0]
             for one in statistics
         ]
+    return found
+
+
+def streams(client: triton.InferenceServerClient) -> dict[str, object]:
+    """Streams: answered, ended by an error, and left."""
+    found: dict[str, object] = {}
+    answers: queue.Queue = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer(MODEL, tensor(), request_id="first", outputs=SEVERAL)
+    client.async_stream_infer("nobody", tensor(), request_id="lost")
+    client.async_stream_infer(MODEL, tensor(), request_id="last", enable_empty_final_response=True)
+    client.stop_stream()
+    found["stream"] = [told(result) if error is None else refused(error) for result, error in iter_queue(answers)]
+
+    client.start_stream(lambda result, error: answers.put((result, error)), headers={"triton_grpc_error": "true"})
+    client.async_stream_infer("nobody", tensor())
+    found["stream ended"] = refused(answers.get(timeout=60)[1])
+    client.stop_stream()
+
+    # The map takes many seconds; whoever has seen enough leaves.
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    rise = {"explain.method": "rise", "explain.samples": 10_000}
+    client.async_stream_infer(MODEL, tensor(), outputs=[triton.InferRequestedOutput("heatmap")], parameters=rise)
+    found["before leaving"] = told(answers.get(timeout=60)[0])
+    client.stop_stream(cancel_requests=True)
+    found["left"] = refused(answers.get(timeout=60)[1])
+    found["after leaving"] = told(client.infer(MODEL, tensor(), request_id="part-4711"))
     return found
 
 
