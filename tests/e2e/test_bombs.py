@@ -144,11 +144,11 @@ def test_bomb(held: Held, name: str):
         assert code in {"OK", "INVALID_ARGUMENT"}
 
 
-def ended(held: Held, request: bytes, **options: object) -> tuple[str, str]:
+def ended(held: Held, request: bytes, call: str = EXPLAIN, **options: object) -> tuple[str, str]:
     """Code of a call, and what was said: message and details."""
     with grpc.insecure_channel(held.served.target) as channel:
         try:
-            list(channel.unary_stream(EXPLAIN)(request, timeout=SECONDS, **options))
+            list(channel.unary_stream(call)(request, timeout=SECONDS, **options))
         except grpc.RpcError as error:
             details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
             return error.code().name, f"{error.details()} {details.decode(errors='replace')}"
@@ -166,3 +166,24 @@ def test_compressed_message(held: Held, algorithm: grpc.Compression):
     print(f"\n{algorithm}: {code} {said[:90]}, {grown / 2**20:.0f} MiB")  # noqa: T201 - told in docs
     assert ("RESOURCE_EXHAUSTED", True) == (code, "larger than max" in said)
     assert grown <= LARGEST_MESSAGE + SMALL
+
+
+@pytest.mark.parametrize(
+    ("call", "unit"),
+    [
+        pytest.param(EXPLAIN, b"\x4a\x00", id="specs"),
+        pytest.param("/inference.GRPCInferenceService/ModelInfer", b"\x2a\x00", id="inputs"),
+    ],
+)
+def test_message_of_many_empty_parts(held: Held, call: str, unit: bytes):
+    """Tens of millions of submessages of two bytes are counted, as far as need be, and not made: that would take gigabytes."""
+    message = unit * (60 << 19)
+    before = held.process.resident_bytes()
+    held.process.forget_peak()
+    code, said = ended(held, message, call)
+    grown = held.process.peak_bytes() - before
+
+    print(f"\n{len(message)} bytes: {code} {said[:90]}, {grown / 2**20:.0f} MiB")  # noqa: T201 - told in docs
+    assert ("INVALID_ARGUMENT", True) == (code, "more than 20000 fields" in said)
+    # gRPC holds it as it was received, joined, and as Python's bytes.
+    assert grown <= 3 * len(message) + SMALL

@@ -26,6 +26,7 @@ from camserve.server.metrics import Metrics
 from camserve.server.reception import Reception
 from camserve.server.statuses import status_for
 from camserve.server.tracing import UNTRACED, Tracer
+from camserve.server.wire.extent import check_extent
 
 __all__ = ["CallInterceptor"]
 
@@ -231,6 +232,8 @@ def _streamed(inner: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
 def _read(message: bytes, *, read: _Reader | None, rpc: str) -> Any:
     if read is None:
         return message
+    # A deserializer is the FromString of its message's class.
+    check_extent(message, read.__self__.DESCRIPTOR)  # type: ignore[attr-defined]
     try:
         return read(message)
     except DecodeError as error:
