@@ -95,7 +95,7 @@ class App:
         self._tracer = tracer_of(os.environ)
         self._runner = Runner(self.metrics, settings.torch_threads, self._heartbeat, self._tracer)
         self._workers = concurrent.futures.ThreadPoolExecutor(settings.decoders, thread_name_prefix="camserve-worker")
-        self.turnstile = Turnstile(lambda _caller: settings.caller_limits, self.metrics)
+        self.turnstile = Turnstile(self._credentials.limits_of, self.metrics)
         self._closing = contextlib.AsyncExitStack()
         self._is_draining = False
         self._watching: asyncio.Task[None] | None = None

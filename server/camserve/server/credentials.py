@@ -12,6 +12,8 @@ from camserve.server.callers.caller_file import read_caller_file
 from camserve.server.callers.certificates import ANY_CERTIFICATE
 from camserve.server.callers.exposure import check_exposure, is_local
 from camserve.server.callers.guard import Guard
+from camserve.server.callers.limits import CallerLimits
+from camserve.server.callers.own_limits import OwnLimits
 from camserve.server.callers.reloaded import Reloaded
 from camserve.server.settings import Settings
 
@@ -29,11 +31,13 @@ class Credentials:
         guard: asks each call.
         files: what is behind it, to be followed.
         tls: the certificate of the port; None for plain text.
+        limits_of: what a caller may take, by its name.
     """
 
     guard: Guard
     files: tuple[Reloaded[Any], ...]
     tls: Reloaded[TlsFiles] | None
+    limits_of: Callable[[str], CallerLimits]
 
 
 def credentials_of(settings: Settings) -> Credentials:
@@ -64,7 +68,13 @@ def credentials_of(settings: Settings) -> Credentials:
         allow_plaintext=settings.allow_plaintext,
     )
     files = (callers, tokens, tls)
-    return Credentials(guard=guard, files=tuple(file for file in files if file is not None), tls=tls)
+    default = settings.caller_limits
+    return Credentials(
+        guard=guard,
+        files=tuple(file for file in files if file is not None),
+        tls=tls,
+        limits_of=(lambda _caller: default) if callers is None else OwnLimits(default, lambda: callers.value),
+    )
 
 
 def _anonymous_roles(settings: Settings, *, asks: bool) -> frozenset[Role]:

@@ -30,7 +30,14 @@ class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-class KeyEntry(_Entry):
+class _LimitedEntry(_Entry):
+    # What the caller may take; None leaves it to the settings `caller_…`, 0 is no limit.
+    requests_per_second: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    burst: Annotated[int, Field(ge=0)] | None = None
+    concurrency: Annotated[int, Field(ge=0)] | None = None
+
+
+class KeyEntry(_LimitedEntry):
     """One API key.
 
     Attributes:
@@ -40,6 +47,9 @@ class KeyEntry(_Entry):
         roles: what the caller may do.
         not_before: from when on it is valid; None from ever.
         expires: until when; None for ever.
+        requests_per_second: as the setting `caller_requests_per_second`, for this caller; None for what that says.
+        burst: likewise.
+        concurrency: likewise.
     """
 
     name: _Name
@@ -48,8 +58,13 @@ class KeyEntry(_Entry):
     not_before: AwareDatetime | None = None
     expires: AwareDatetime | None = None
 
+    @property
+    def caller_name(self) -> str:
+        """Whose limits these are."""
+        return self.name
 
-class CertificateEntry(_Entry):
+
+class CertificateEntry(_LimitedEntry):
     """A client certificate that is a caller.
 
     Attributes:
@@ -57,11 +72,19 @@ class CertificateEntry(_Entry):
             certificate of the authority.
         name: of the caller; None takes the certificate's identity.
         roles: what the caller may do.
+        requests_per_second: as of a key, likewise the next two.
+        burst: see there.
+        concurrency: see there.
     """
 
     identity: Annotated[str, StringConstraints(min_length=1)]
     name: _Name | None = None
     roles: _Roles
+
+    @property
+    def caller_name(self) -> str:
+        """Whose limits these are; of `*` without a name nobody's, since every certificate is then a caller of its own."""
+        return self.name or self.identity
 
 
 class CallerFile(_Entry):
