@@ -17,6 +17,7 @@ from support.cards import card
 
 from camserve.server.access import current_record
 from camserve.server.callers import CallerLimits, Guard, current_caller
+from camserve.server.callers.caller_file import KeyEntry
 from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import (
     CamserveError,
@@ -53,12 +54,12 @@ GUARD = Guard(role_of={f"/camserve.v1.Test/{method}": None for method in ("Unary
 class Service:
     """A server with one unary and one streaming method, both doing what the test says, and those that take streams."""
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard = GUARD) -> None:
         self.metrics = Metrics()
         turnstile = Turnstile(lambda _: CallerLimits(), self.metrics)
         self._server = grpc.aio.server(
             interceptors=[
-                CallInterceptor(self.metrics, turnstile, Reception(8, 60, self.metrics), guard=GUARD, write_seconds=60)
+                CallInterceptor(self.metrics, turnstile, Reception(8, 60, self.metrics), guard=guard, write_seconds=60)
             ]
         )
 
@@ -498,3 +499,41 @@ async def test_who_leaves_a_stream_of_requests_ends_its_handler(service, capsys,
     await asyncio.wait_for(left.wait(), 10)
     await service.stop()
     assert ["CANCELLED"] == [line["code"] for line in log_lines(capsys.readouterr().err)]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["unary", "streaming"])
+async def test_who_cannot_be_told_is_refused(capsys, streaming):
+    """A guard that fails lets nobody in: INTERNAL, one log line of the call, and its text stays in the log."""
+
+    def fails() -> tuple[KeyEntry, ...]:
+        raise KeyError("password 1234")
+
+    asked = []
+
+    async def unary(_request: bytes, _context: Any) -> bytes:
+        asked.append("unary")
+        return b""
+
+    async def stream(_request: bytes, _context: Any) -> AsyncIterator[bytes]:
+        asked.append("stream")
+        yield b""
+
+    async def call(channel: grpc.aio.Channel) -> None:
+        metadata = (("x-api-key", "any"),)
+        if streaming:
+            await channel.unary_stream("/camserve.v1.Test/Explain")(b"", metadata=metadata).read()
+        else:
+            await channel.unary_unary("/camserve.v1.Test/Unary")(b"", metadata=metadata)
+
+    before = structlog.get_config()
+    service = Service(Guard(keys=fails, role_of=GUARD.role_of))
+    channel = await service.start(unary, stream)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(channel)
+    await service.stop()
+    structlog.configure(**before)
+
+    assert ([], grpc.StatusCode.INTERNAL) == (asked, caught.value.code())
+    assert b"1234" not in status_of(caught.value).SerializeToString()
+    unexpected, line = log_lines(capsys.readouterr().err)
+    assert ("unexpected error", "INTERNAL") == (unexpected["event"], line["code"])

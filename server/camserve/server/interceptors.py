@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from camserve.server.access import AccessRecord, is_ordinary, open_record
 from camserve.server.callers import Caller, Guard, current_caller, set_caller
 from camserve.server.callers.turnstile import Turnstile
-from camserve.server.errors import CamserveError, DeadlineExceeded, InvalidRequest, Reason
+from camserve.server.errors import DeadlineExceeded, InvalidRequest, Reason
 from camserve.server.metrics import Metrics
 from camserve.server.reception import Reception
 from camserve.server.statuses import status_for
@@ -71,7 +71,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         rpc, read, write = handler_call_details.method, handler.request_deserializer, handler.response_serializer
         try:
             caller = self._guard.at_the_gate(rpc, handler_call_details.invocation_metadata or ())
-        except CamserveError as refusal:
+        except Exception as refusal:  # noqa: BLE001 - who cannot be told is refused, with a status like every other error
             # As a stream, whatever the rpc is: gRPC then receives nothing of what is sent before it is refused.
             return grpc.stream_stream_rpc_method_handler(self._refusing(rpc, refusal))
         # Messages are read here and not by gRPC, which says UNKNOWN where one cannot be.
@@ -93,7 +93,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             raise InvalidRequest(Reason.FIELD_INVALID, f"the call of {rpc} ended before a request arrived")
         return _read(message, read=read, rpc=rpc)
 
-    def _refusing(self, rpc: str, refusal: CamserveError) -> Callable[..., Awaitable[None]]:
+    def _refusing(self, rpc: str, refusal: Exception) -> Callable[..., Awaitable[None]]:
         async def answer(_sent: Any, _record: AccessRecord, _context: Any) -> None:
             raise refusal
 

@@ -115,9 +115,23 @@ BAD = {
     "of nobody": (lambda: token(KEY, sub=None), Reason.CREDENTIALS_INVALID, "'sub'"),
     "of an empty name": (lambda: token(KEY, sub=""), Reason.CREDENTIALS_INVALID, "characters"),
     "called like a host": (lambda: token(KEY, sub="ipv4:10.0.0.7"), Reason.CREDENTIALS_INVALID, "address"),
+    "an endless end": (lambda: unsigned_body(exp=float("inf")), Reason.CREDENTIALS_INVALID, "malformed"),
+    "a name that is no text": (lambda: unsigned_body(sub=["robot"]), Reason.CREDENTIALS_INVALID, "malformed"),
+    "a deep header": (lambda: f"{encoded('[' * 9000)}.e30.x", Reason.CREDENTIALS_INVALID, "no JSON Web Token"),
+    "a header that is no table": (lambda: f"{encoded('3')}.e30.x", Reason.CREDENTIALS_INVALID, "no JSON Web Token"),
+    "deep claims": (
+        lambda: f"{encoded(json.dumps({'alg': 'ES256'}))}.{encoded('[' * 9000)}.x",
+        Reason.CREDENTIALS_INVALID,
+        "",
+    ),
     "no token": (lambda: "a.b.c", Reason.CREDENTIALS_INVALID, "no JSON Web Token"),
     "not even letters": (lambda: "é.\u2028.☃", Reason.CREDENTIALS_INVALID, "no JSON Web Token"),
 }
+
+
+def encoded(part: str) -> str:
+    """A part of a token."""
+    return base64.urlsafe_b64encode(part.encode()).rstrip(b"=").decode()
 
 
 def unsigned_body(**changes: object) -> str:

@@ -26,6 +26,8 @@ _CURVES: Mapping[str, str] = {"secp256r1": "ES256", "secp384r1": "ES384", "secp5
 _LEAST_RSA_BITS = 2048
 # Clocks differ by seconds.
 _LEEWAY_SECONDS = 10.0
+# What the library may raise for bytes of strangers: not all of it is its own in every version.
+_MALFORMED = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 _CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 
 
@@ -79,7 +81,7 @@ def caller_of_token(token: str, keys: Iterable[TokenKey], rules: TokenRules) -> 
     """
     try:
         header = jwt.get_unverified_header(token)
-    except jwt.PyJWTError as error:
+    except _MALFORMED as error:
         raise _invalid("it is no JSON Web Token") from error
     if "crit" in header:
         raise _invalid("it has critical headers, of which none is understood here")
@@ -96,7 +98,7 @@ def caller_of_token(token: str, keys: Iterable[TokenKey], rules: TokenRules) -> 
             claims = _claims(token, key, algorithm, rules)
         except jwt.InvalidSignatureError:
             continue
-        except jwt.PyJWTError as error:
+        except _MALFORMED as error:
             refusal = _refusal(error, rules)
             break
         return _caller(claims, rules)
@@ -137,7 +139,7 @@ def _at(claims: Mapping[str, Any], claim: str) -> Any:
     return value
 
 
-def _refusal(error: jwt.PyJWTError, rules: TokenRules) -> CamserveError:
+def _refusal(error: Exception, rules: TokenRules) -> CamserveError:
     match error:
         case jwt.ExpiredSignatureError():
             return Unauthenticated(Reason.CREDENTIALS_EXPIRED, "this token has expired; get a new one from its issuer")
