@@ -259,6 +259,27 @@ async def test_a_reader_that_stops_loses_its_places(serve, tmp_path):
     assert "it was not read" in caught.value.details()
 
 
+async def test_a_server_that_ends_answers_what_it_took(gated):
+    """While it drains, what is under way on a stream is finished, and what comes anew refused in band; then the stream ends."""
+    metrics = Metrics(gated)
+    with Conversation(gated.target) as stream:
+        first = told(next(stream.say(oip.request("gated", {"input": ROW}, ["heatmap"], id="taken"))))
+        assert ("taken", False) == first[::2]
+        draining = gated.run(gated.app.drain())
+        await until(lambda: metrics.value("camserve_draining") == 1)
+        late = oip.request("gated", {"input": ROW[:, :2]}, id="late")
+        facts: dict[str, Any] = {"error_reason": ""}
+        while facts["error_reason"] != "DRAINING":
+            # Until the door is closed, a moment later, it is refused for its shape.
+            facts = oip.plain(next(stream.say(late)).infer_response.parameters)
+        assert (14, True) == (facts["error_code"], facts["triton_final_response"])
+        GATE.opened.set()
+        assert ("taken", ["heatmap"], True) == told(next(stream))
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+        assert draining.result(60)
+
+
 def test_streamed_requests_are_counted_one_by_one(tiny):
     """Each is a request to the metrics, with its own outcome."""
     metrics = Metrics(tiny)
