@@ -106,7 +106,8 @@ def test_stop_while_a_model_loads_for_ever(tmp_path, numbers):
         encoding="utf-8",
     )
     flags = ["--listen", "127.0.0.1:0", "--metrics-listen", "", "--drain-delay-seconds", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     process = subprocess.Popen(  # noqa: S603 - our own command
         [CAMSERVE, "serve", "--models", str(tmp_path / "models"), *flags],
         stderr=subprocess.PIPE,
