@@ -504,3 +504,28 @@ async def test_statistics_are_those_of_the_metrics_page(serve, tmp_path):
     assert (4, 4, 4, 4, 4) == tuple(getattr(one.inference_stats, name).count for name in stages)
     assert one.inference_stats.compute_infer.ns > 0
     assert ["CPU"] == [usage.type for usage in one.memory_usage if usage.byte_size > 0]
+
+
+def test_readiness_is_told_apart(serve, tmp_path):
+    """While models are loaded, those that are there are ready, though the server is not; while it hangs, nothing is."""
+    server = serve(script_source("tiny", TinyNet(), tmp_path))
+    health = server.app._health
+
+    with grpc.insecure_channel(server.target) as channel:
+        stub = oip.Stub(channel)
+
+        def told() -> tuple[bool, bool, bool]:
+            return (
+                stub.ServerLive(oip.message("ServerLiveRequest")).live,
+                stub.ServerReady(oip.message("ServerReadyRequest")).ready,
+                stub.ModelReady(oip.message("ModelReadyRequest", name="tiny")).ready,
+            )
+
+        assert (True, True, True) == told()
+        server.run(health.set_server(is_serving=False)).result()
+        assert (True, False, True) == told()
+        server.run(health.set_server(is_serving=True)).result()
+        health.set_stall("the device thread hangs")
+        assert (False, False, False) == told()
+        health.set_stall("")
+        assert (True, True, True) == told()

@@ -71,9 +71,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the libra
 
     def why_not_ready(self) -> str:
         """Why no requests should be sent; empty when they may."""
-        if self._is_draining:
-            return "draining"
-        return self.stall or ("" if self._is_serving.get("") else "loading")
+        return self.why_silent() or ("" if self._is_serving.get("") else "loading")
+
+    def why_silent(self) -> str:
+        """Why not even models that are ready answer; empty when they do, also while others are loaded."""
+        return "draining" if self._is_draining else self.stall
 
     async def Check(  # noqa: N802 - the name is the contract's
         self, request: health_pb2.HealthCheckRequest, context: Any

@@ -73,7 +73,7 @@ class InferenceServicer:
             self._models.get(request.name, request.version)
         except CamserveError:
             return messages.ModelReadyResponse(ready=False)
-        return messages.ModelReadyResponse(ready=not self._health.why_not_ready())
+        return messages.ModelReadyResponse(ready=not self._health.why_silent())
 
     async def ServerMetadata(self, _request: Any, _context: Any) -> Any:  # noqa: N802 - the name is the protocol's
         """Tells name, version and extensions."""
