@@ -122,6 +122,31 @@ class Inference:
             )
         model = self._repository.get(request.model_name, request.model_version)
         record.model, record.version = model.card.name, model.card.version
+        # A guest from here on: it must not be unloaded while inputs are read elsewhere.
+        with model.guests.enter():
+            asked = await self._read(request, terms, model, received_at=received_at, deadline=deadline)
+            del request
+            first = asked.jobs[0]
+            record.specs, record.lane = len(first.specs), first.lane
+            record.deadline = math.inf if first.deadline is None else first.deadline
+            try:
+                with contextlib.ExitStack() as counted:
+                    # One request of the caller's was counted with the call; each further row is one as well.
+                    for _ in asked.jobs[1:]:
+                        counted.enter_context(self._turnstile.request(first.caller))
+                    async with contextlib.aclosing(self._steps(asked, model, record, always_predicts)) as steps:
+                        async for step in steps:
+                            yield step
+            except RowError as failed:
+                error = failed.__cause__
+                if isinstance(error, CamserveError):
+                    raise asked.at_request(error, failed.row) from None
+                raise error or failed from None
+
+    async def _read(
+        self, request: Any, terms: Terms, model: ServedModel, *, received_at: float, deadline: float | None
+    ) -> Asked:
+        """Reads inputs and outputs; here if that is quick, else in a worker thread."""
         read = functools.partial(
             read_request,
             request,
@@ -132,28 +157,10 @@ class Inference:
             deadline=deadline,
             caller=current_caller().name,
         )
-        asked = (
-            read()
-            if _is_quickly_read(request)
-            else await asyncio.get_running_loop().run_in_executor(self._workers, read)
-        )
-        del read, request
-        first = asked.jobs[0]
-        record.specs, record.lane = len(first.specs), first.lane
-        record.deadline = math.inf if first.deadline is None else first.deadline
-        try:
-            with contextlib.ExitStack() as counted:
-                # One request of the caller's was counted with the call; each further row is one as well.
-                for _ in asked.jobs[1:]:
-                    counted.enter_context(self._turnstile.request(first.caller))
-                async with contextlib.aclosing(self._steps(asked, model, record, always_predicts)) as steps:
-                    async for step in steps:
-                        yield step
-        except RowError as failed:
-            error = failed.__cause__
-            if isinstance(error, CamserveError):
-                raise asked.at_request(error, failed.row) from None
-            raise error or failed from None
+        if _is_quickly_read(request):
+            return read()
+        del request
+        return await asyncio.get_running_loop().run_in_executor(self._workers, read)
 
     async def _steps(
         self,
