@@ -181,7 +181,8 @@ def test_secrets_and_pixels_reach_neither_log_nor_traces(tmp_path):
     # Refused if it is known by now that so little time cannot suffice.
     assert late in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
     text = log.read_text(encoding="utf-8")
-    assert len(ended) + 1 < len(re.findall('"event": "call"', text))
+    # Those and ListModels; a thousandth of a second may be over before the late one has reached the server.
+    assert len(ended) + 1 <= len(re.findall('"event": "call"', text))
     assert "row failed" in text
     assert "IMAGE_UNDECODABLE" in traces
     value = repr(float(np.frombuffer(SECRET, np.float32)[0]))
