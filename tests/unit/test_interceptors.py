@@ -537,3 +537,25 @@ async def test_who_cannot_be_told_is_refused(capsys, streaming):
     assert b"1234" not in status_of(caught.value).SerializeToString()
     unexpected, line = log_lines(capsys.readouterr().err)
     assert ("unexpected error", "INTERNAL") == (unexpected["event"], line["code"])
+
+
+@pytest.mark.parametrize("rpc", ["Unary", "Explain"])
+async def test_a_call_that_ends_before_its_message_is_told_so(service, rpc):
+    """What a client of one message never does, and what others may."""
+
+    async def unary(_request: bytes, _context: Any) -> bytes:
+        raise AssertionError("there is nothing to answer")
+
+    async def stream(_request: bytes, _context: Any) -> AsyncIterator[bytes]:
+        yield await unary(_request, _context)
+
+    async def nothing() -> AsyncIterator[bytes]:
+        for message in ():
+            yield message
+
+    channel = await service.start(unary, stream)
+    with pytest.raises(grpc.aio.AioRpcError, match="ended before a request arrived") as caught:
+        await channel.stream_unary(f"/camserve.v1.Test/{rpc}")(nothing())
+
+    assert grpc.StatusCode.INVALID_ARGUMENT is caught.value.code()
+    assert "FIELD_INVALID" == details_of(status_of(caught.value))["ErrorInfo"].reason

@@ -76,15 +76,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             return grpc.stream_stream_rpc_method_handler(self._refusing(rpc, refusal))
         # Messages are read here and not by gRPC, which says UNKNOWN where one cannot be.
         take = functools.partial(_messages if handler.request_streaming else self._message, read=read, rpc=rpc)
-        streaming = functools.partial(self._streaming, rpc, caller)
-        unary = functools.partial(self._unary, rpc, caller)
-        if handler.request_streaming and handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(streaming(take, handler.stream_stream), None, write)
-        if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(unary(take, handler.stream_unary), None, write)
         # On the wire a call of one message is a stream of one. As such its message is read when we say so, and not before.
-        inner = handler.unary_stream if handler.response_streaming else _streamed(handler.unary_unary)
-        return grpc.stream_stream_rpc_method_handler(streaming(take, inner), None, write)
+        if handler.response_streaming:
+            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            return grpc.stream_stream_rpc_method_handler(self._streaming(rpc, caller, take, inner), None, write)
+        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        return grpc.stream_unary_rpc_method_handler(self._unary(rpc, caller, take, inner), None, write)
 
     async def _message(self, _sent: Any, context: Any, *, read: _Reader | None, rpc: str) -> Any:
         """The one message of a call."""
@@ -216,17 +213,6 @@ class _Messages:
 
 async def _messages(sent: AsyncIterator[bytes], _context: Any, *, read: _Reader | None, rpc: str) -> _Messages:
     return _Messages(sent, read=read, rpc=rpc)
-
-
-def _streamed(inner: Callable[..., Any]) -> Callable[..., AsyncIterator[Any]]:
-    """A handler that returns its answer as one that streams it."""
-
-    async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
-        given = inner(request, context)
-        del request
-        yield await given if asyncio.iscoroutine(given) else given
-
-    return answer
 
 
 def _read(message: bytes, *, read: _Reader | None, rpc: str) -> Any:
