@@ -20,8 +20,9 @@ from camserve.server.models.card import ExtraInput
 from camserve.server.oip.messages import InferParameter, ModelInferRequest
 from camserve.server.oip.options import OPTIONS, read_options
 from camserve.server.oip.parameters import number, parameter, switch, values, whole
-from camserve.server.oip.requests import Asked, WantedHeatmap, read_request, read_terms
+from camserve.server.oip.requests import Asked, WantedHeatmap, read_request
 from camserve.server.oip.tensors import read_inputs
+from camserve.server.oip.terms import read_terms
 from camserve.server.validate import RequestLimits
 
 LIMITS = RequestLimits(max_specs=8, max_maps=32)

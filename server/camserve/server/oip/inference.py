@@ -22,9 +22,10 @@ from camserve.server.callers.turnstile import Turnstile
 from camserve.server.errors import CamserveError, InvalidRequest, Reason
 from camserve.server.models.repository import Repository, ServedModel
 from camserve.server.oip.answers import Maps, heatmap_output, prediction_outputs
-from camserve.server.oip.requests import Asked, Terms, WantedHeatmap, all_predictions, read_request
+from camserve.server.oip.requests import Asked, WantedHeatmap, all_predictions, read_request
 from camserve.server.oip.rows import RowError, row_events
 from camserve.server.oip.tensors import Output
+from camserve.server.oip.terms import Terms
 from camserve.server.pipeline import Pipeline
 from camserve.server.validate import RequestLimits
 

@@ -9,8 +9,9 @@ from typing import Any, Final
 from camserve.server.models.card import ModelCard
 from camserve.server.oip.messages import ModelConfigResponse, ModelMetadataResponse
 from camserve.server.oip.predictions import PREDICTIONS
-from camserve.server.oip.requests import HEATMAP, IMAGE, TENSOR
+from camserve.server.oip.requests import IMAGE, TENSOR
 from camserve.server.oip.tensors import DATATYPES
+from camserve.server.oip.terms import HEATMAP
 
 __all__ = ["EXTENSIONS", "model_config", "model_metadata"]
 

@@ -22,10 +22,10 @@ from camserve.server.models.repository import Repository
 from camserve.server.oip import messages, repository
 from camserve.server.oip.inference import Explained, Failed, Inference, Predicted
 from camserve.server.oip.metadata import EXTENSIONS, model_config, model_metadata
-from camserve.server.oip.requests import read_terms
 from camserve.server.oip.statistics import statistics
 from camserve.server.oip.streams import Streams, Surroundings
 from camserve.server.oip.tensors import Output, put_output
+from camserve.server.oip.terms import read_terms
 
 __all__ = ["InferenceServicer"]
 

@@ -21,8 +21,8 @@ from camserve.server.metrics import Metrics
 from camserve.server.oip.inference import Explained, Failed, Inference, Predicted
 from camserve.server.oip.messages import ModelStreamInferResponse
 from camserve.server.oip.parameters import Value, parameter
-from camserve.server.oip.requests import read_terms
 from camserve.server.oip.tensors import Output, put_output
+from camserve.server.oip.terms import read_terms
 from camserve.server.statuses import status_for
 from camserve.server.tracing import Tracer
 
