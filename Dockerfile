@@ -4,7 +4,7 @@
 #   docker run -p 127.0.0.1:50051:50051 -e CAMSERVE_ALLOW_ANONYMOUS=true camserve    the shipped demo model, for this machine
 #   docker run --gpus all -p 50051:50051 -v "$PWD/models:/models:ro" -v "$PWD/secrets:/secrets:ro" \
 #     -e CAMSERVE_CALLERS=/secrets/callers.toml -e CAMSERVE_TLS_CERTIFICATE=/secrets/server.pem \
-#     -e CAMSERVE_TLS_KEY=/secrets/server.key camserve
+#     -e CAMSERVE_TLS_KEY=/secrets/server.key camserve        uid 10001 has to be able to read them
 # TORCH_BACKEND takes what uv's --torch-backend takes: cpu, or a CUDA release for older drivers, such as cu126.
 
 ARG PYTHON_IMAGE=python:3.13.16-slim-trixie
