@@ -5,7 +5,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from camserve.server.settings import Settings, load_settings
+from camserve.server.settings import Settings, complaint, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,24 @@ def test_an_unknown_flag_is_named():
     """A name that is no setting is refused."""
     with pytest.raises(ValueError, match="max_batch_row\n"):
         load_settings(max_batch_row=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"max_batch_row": 2}, "max_batch_row is no setting; did you mean max_batch_rows? (--print-config shows all)"),
+        ({"tls_certificate": "a.pem"}, "tls_certificate and tls_key come together: give both or neither"),
+        ({"device": "tpu", "max_requests": "many"}, "device: 'tpu' is not a device; write auto, cpu, cuda or cuda:0"),
+    ],
+)
+def test_wrong_settings_are_told_in_a_line_each(given, told):
+    """Without the names of our classes and types, which help nobody who starts a server."""
+    with pytest.raises(ValueError, match="validation") as caught:
+        load_settings(**given)
+
+    lines = complaint(caught.value).split("\n")
+    assert told in lines
+    assert len(given) == len(lines)
 
 
 def test_variables_of_others_are_let_be(monkeypatch):

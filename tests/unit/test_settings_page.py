@@ -101,7 +101,7 @@ def test_a_wrong_setting_is_told_as_at_the_start(config: Path) -> None:
     result = run("--config", config, "--max-batch-rows", "0")
 
     assert 1 == result.exit_code
-    assert "max_batch_rows\n" in result.stderr
+    assert "Error: max_batch_rows: Input should be greater than or equal to 1, not 0\n" == result.stderr
     assert not result.stdout
 
 

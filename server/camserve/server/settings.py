@@ -7,6 +7,7 @@ then handed to `app.py` as plain values.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import os
 import re
@@ -15,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from camserve.server.callers.limits import CallerLimits
@@ -350,5 +352,18 @@ def load_sourced_settings(config: Path | None = None, **flags: Any) -> SourcedSe
 
 
 def complaint(error: Exception) -> str:
-    """What a person is told of wrong settings: pydantic ends every complaint with a link, which helps nobody here."""
-    return "\n".join(line for line in str(error).split("\n") if "errors.pydantic.dev" not in line)
+    """What a person is told of wrong settings: one line for each, with its name; pydantic's own text is for programmers."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "\n".join(map(_complaint, error.errors(include_url=False)))
+
+
+def _complaint(found: ErrorDetails) -> str:
+    name = ".".join(map(str, found["loc"]))
+    if found["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, 1)
+        return f"{name} is no setting{f'; did you mean {near[0]}?' if near else ''} (--print-config shows all)"
+    what = found["msg"].removeprefix("Value error, ")
+    if found["type"] != "value_error" and isinstance(found["input"], str | int | float):
+        what += f", not {found['input']!r}"
+    return f"{name}: {what}" if name else what

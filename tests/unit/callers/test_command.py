@@ -79,7 +79,10 @@ def test_keys_are_listed_with_their_state(tmp_path):
     """For people and for programs."""
     path = tmp_path / "callers.toml"
     added(path, "now")
-    added(path, "over", "--expires", "2020-01-01")
+    added(path, "over", "--expires", "2099-01-01")
+    path.write_text(
+        path.read_text().replace("2099-01-01", "2020-01-01")
+    )  # As if made then: no such key can be made now.
     added(path, "later", "--not-before", "2100-01-01T00:00:00Z")
 
     rows = json.loads(run("list", "--json", "--file", path).stdout)
@@ -98,6 +101,7 @@ def test_keys_are_listed_with_their_state(tmp_path):
         (("add", "a"), "--role"),
         (("add", "a", "--role", "explain", "--expires", "soon"), "write 90d"),
         (("add", "a", "--role", "explain", "--expires", "1d", "--not-before", "2d"), "never be valid"),
+        (("add", "a", "--role", "explain", "--expires", "2020-01-01"), "is over: this key would never be valid"),
         (("revoke", "nobody"), "has no key of 'nobody'"),
         (("revoke", "line-3", "--id", "ffffffff"), "it has "),
     ],
@@ -113,6 +117,16 @@ def test_what_cannot_be_done_is_told(tmp_path, arguments, why):
     assert 0 != result.exit_code
     assert why in result.output
     assert before == path.read_bytes()
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("add", "a", "--role", "explain")])
+def test_a_file_that_is_not_there_is_named_first(tmp_path, arguments):
+    """Or its folder, where one is to be made; without the number of the error."""
+    result = run(*arguments, "--file", tmp_path / "absent" / "callers.toml")
+
+    assert 1 == result.exit_code
+    assert result.output.startswith(f"Error: {tmp_path / 'absent'}")
+    assert result.output.endswith(": No such file or directory\n")
 
 
 def test_a_broken_file_is_not_written_to(tmp_path):

@@ -21,6 +21,7 @@ from camserve.server.callers.api_keys import digest_of, new_key
 from camserve.server.callers.caller import Role, name_complaint
 from camserve.server.callers.caller_file import KeyEntry, read_caller_file
 from camserve.server.callers.key_writing import with_key, without_keys
+from camserve.server.callers.unreadable import unreadable
 
 __all__ = ["keys"]
 
@@ -101,6 +102,8 @@ def add(
         raise click.UsageError(complaint)
     if expires is not None and not_before is not None and expires <= not_before:
         raise click.UsageError("--expires is not after --not-before: this key would never be valid")
+    if expires is not None and expires <= dt.datetime.now(dt.UTC):
+        raise click.UsageError(f"--expires {expires.isoformat()} is over: this key would never be valid")
     key = new_key()
     entry = KeyEntry(
         name=name,
@@ -197,7 +200,9 @@ def _replace(path: Path, text: str) -> None:
 def _told() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise click.ClickException(unreadable(error)) from error
+    except ValueError as error:
         raise click.ClickException(str(error)) from error
 
 

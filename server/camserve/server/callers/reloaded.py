@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
+from camserve.server.callers.unreadable import unreadable
 from camserve.server.metrics import Metrics
 
 __all__ = ["Reloaded", "follow"]
@@ -61,7 +62,7 @@ class Reloaded(Generic[_T_co]):
         try:
             found: tuple[bytes, ...] | str = self._bytes()
         except OSError as error:
-            found = self._where(error)
+            found = unreadable(error)
         if found == self._seen:
             return None
         self._seen = found
@@ -77,7 +78,7 @@ class Reloaded(Generic[_T_co]):
         return tuple(path.read_bytes() for path in self.paths)
 
     def _where(self, error: Exception) -> str:
-        return str(error) if isinstance(error, OSError) else f"{', '.join(map(str, self.paths))}: {error}"
+        return unreadable(error) if isinstance(error, OSError) else f"{', '.join(map(str, self.paths))}: {error}"
 
 
 async def follow(files: Sequence[Reloaded[Any]], metrics: Metrics) -> None:
