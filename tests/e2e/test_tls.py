@@ -13,12 +13,14 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.credentials import Pair, authority, key_entry, replace, server_pair
 from support.servers import Metrics, serving, soon
 
 from camserve.client import AsyncClient, Client, Credentials, PermissionDenied, Unavailable
+from camserve.client.cli import main
 from camserve.server.background import BackgroundServer
 
 KEY, ENTRY = key_entry("line-3", ["explain"])
@@ -100,6 +102,28 @@ def test_tls_with_a_key(materials):
         for credentials in (Credentials(api_key=KEY), Credentials(api_key=KEY, tls=True)):
             with Client(target, retries=0, timeout=60, credentials=credentials) as client, pytest.raises(Unavailable):
                 client.models()
+
+
+def test_a_command_that_fails_for_tls_says_what_to_look_at(materials):
+    """TLS on one side only, another authority, or no certificate where one is asked for: none is a server that is away."""
+    other = materials.folder / "other.pem"
+    replace(other, authority("another").certificate)
+
+    def told(server, **files):
+        words = ["models", "--server", f"localhost:{server.app.port}"]
+        done = CliRunner().invoke(
+            main, words + [part for name, path in files.items() for part in (f"--{name}", str(path))]
+        )
+        assert 1 == done.exit_code
+        return done.stderr
+
+    with serving() as plain:
+        assert "does it speak TLS, is its certificate for this name" in told(plain, ca=materials.ca)
+    with serving(**materials.settings) as encrypted:
+        assert "does it speak TLS? Then give --ca or --tls" in told(encrypted)
+        assert "by an authority that is trusted (--ca)" in told(encrypted, ca=other)
+    with serving(**materials.settings, tls_client_ca=materials.ca) as mutual:
+        assert "does it ask for --certificate and --key?" in told(mutual, ca=materials.ca)
 
 
 def test_certificates_are_rotated_under_load_and_no_call_fails(materials):

@@ -61,7 +61,9 @@ def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 # An empty variable is none.
                 api_key=api_key or None, token=token or None, tls=tls, ca=ca, certificate=certificate, key=key
             )  # fmt: skip
-        except ValueError as error:
+            if credentials.uses_tls:
+                credentials.channel_credentials()  # Reads the files, so that a wrong one is not taken for a server that is away.
+        except (OSError, ValueError) as error:
             raise click.UsageError(str(error)) from error
         return command(*arguments, credentials=credentials, **options)
 
@@ -71,7 +73,7 @@ def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def told_briefly(server: str) -> Iterator[None]:
+def told_briefly(server: str, credentials: Credentials) -> Iterator[None]:
     """Turns errors into one line and exit status 1."""
     try:
         yield
@@ -79,6 +81,22 @@ def told_briefly(server: str) -> Iterator[None]:
         if error.reason:  # A camserve answered: it is draining or loading.
             raise click.ClickException(str(error)) from error
         why = error.message.rsplit(": ", 1)[-1]  # What comes before are gRPC's layers.
-        raise click.ClickException(f"no camserve at {server} ({why}); start one with `camserve serve`") from error
+        raise click.ClickException(f"no camserve at {server} ({why}); {_advice(why, credentials)}") from error
     except CamserveError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _advice(why: str, credentials: Credentials) -> str:
+    """What to look at: gRPC says the same of a server that is away and of one that speaks TLS otherwise than we do."""
+    start = "start one with `camserve serve`"
+    if credentials.uses_tls:
+        shown = "" if credentials.certificate else ", or does it ask for --certificate and --key"
+        return (
+            f"{start}, or if one is there: does it speak TLS, is its certificate for this name and by an authority that is "
+            f"trusted (--ca){shown}?"
+        )
+    return (
+        start
+        if why == "Connection refused"
+        else f"{start}, or if one is there: does it speak TLS? Then give --ca or --tls"
+    )

@@ -105,7 +105,7 @@ def explain(
     files = find_images(images, excluded=out)
     if not files:
         raise click.UsageError(f"no images in {', '.join(images)}")
-    with told_briefly(server), client_for(server, options) as client:
+    with told_briefly(server, options["credentials"]), client_for(server, options) as client:
         name = model or _only_model(client)
         # Also says once, and not for each image, that there is no such model.
         card = client.model(name, options["model_version"])

@@ -47,7 +47,7 @@ def show(name: str | None, model_version: str | None, server: str, credentials: 
     """List the models of a server, or show the card of the one called NAME."""
     from camserve.client import tables  # noqa: PLC0415  # rich is slow to import, and --help and explain do without it.
 
-    with told_briefly(server), Client(server, credentials=credentials) as client:
+    with told_briefly(server, credentials), Client(server, credentials=credentials) as client:
         if name is not None:
             card = client.model(name, model_version)
             if as_json:
@@ -94,7 +94,7 @@ def load(name: str, model_version: str | None, server: str, credentials: Credent
 
     Without a version, those serve that its model.toml asks for, and no others.
     """
-    with told_briefly(server), Client(server, credentials=credentials) as client:
+    with told_briefly(server, credentials), Client(server, credentials=credentials) as client:
         card = client.load_model(name, model_version, timeout=timeout)
     click.echo(f"{card.name} version {card.version} is ready")
 
@@ -106,6 +106,6 @@ def load(name: str, model_version: str | None, server: str, credentials: Credent
 @_timeout_option
 def unload(name: str, model_version: str | None, server: str, credentials: Credentials, timeout: float) -> None:
     """Unload NAME, or one version of it, and wait until its last request is answered and its memory is free."""
-    with told_briefly(server), Client(server, credentials=credentials) as client:
+    with told_briefly(server, credentials), Client(server, credentials=credentials) as client:
         client.unload_model(name, model_version, timeout=timeout)
     click.echo(f"{name}{f' version {model_version}' if model_version else ''} is unloaded")

@@ -63,8 +63,12 @@ class Credentials:
         return (("authorization", f"Bearer {token}"),)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Reads the files; raises OSError when one cannot be read."""
-        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+        """Reads the files; raises OSError when one cannot be read, and ValueError when it is another kind of file."""
+        return grpc.ssl_channel_credentials(
+            _read(self.ca, "ca", "CERTIFICATE"),
+            _read(self.key, "key", "PRIVATE KEY"),
+            _read(self.certificate, "certificate", "CERTIFICATE"),
+        )
 
 
 ANONYMOUS: Final = Credentials()
@@ -78,5 +82,11 @@ def _check(secret: str, name: str) -> None:
         )
 
 
-def _read(path: _Path | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes()
+def _read(path: _Path | None, name: str, kind: str) -> bytes | None:
+    """A file of another kind is refused here: gRPC would take it, and fail to connect at each call."""
+    if path is None:
+        return None
+    content = Path(path).read_bytes()
+    if f"{kind}-----".encode() not in content:
+        raise ValueError(f"{name}: {path} holds no PEM {kind.lower()}")
+    return content

@@ -239,6 +239,17 @@ def test_no_server_is_told_in_one_line(photos: Path, command: tuple[str, ...]) -
     assert 1 == result.stderr.count("\n")
 
 
+def test_a_key_in_place_of_an_authority_is_wrong_usage(tmp_path: Path) -> None:
+    """Rather than a server that seems to be away."""
+    path = tmp_path / "ca.key"
+    path.write_text("-----BEGIN PRIVATE KEY-----\n")
+
+    result = _run("models", "--ca", str(path))
+
+    assert 2 == result.exit_code
+    assert "ca.key holds no PEM certificate" in result.stderr
+
+
 def test_an_unknown_model_is_told_once(peer: Peer, photos: Path) -> None:
     """Not again for each image."""
     result = _run("explain", str(photos), "--model", "other", peer=peer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,21 @@ def test_what_is_given_is_what_is_sent(given, metadata, uses_tls):
 
     assert metadata == credentials.metadata()
     assert uses_tls is credentials.uses_tls
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ca", "certificate"), ("certificate", "certificate"), ("key", "private key")]
+)
+def test_a_file_of_another_kind_is_told_before_the_first_call(tmp_path: Path, name: str, kind: str) -> None:
+    """Certificate and key mixed up look to gRPC like a server that is away."""
+    (tmp_path / "me.pem").write_text("-----BEGIN CERTIFICATE-----\n")
+    (tmp_path / "me.key").write_text("-----BEGIN PRIVATE KEY-----\n")
+    right = {"ca": tmp_path / "me.pem", "certificate": tmp_path / "me.pem", "key": tmp_path / "me.key"}
+    wrong = tmp_path / ("me.pem" if name == "key" else "me.key")
+
+    with pytest.raises(ValueError, match=f"{name}: .*{wrong.name} holds no PEM {kind}"):
+        Credentials(**{**right, name: wrong}).channel_credentials()
+    Credentials(**right).channel_credentials()
 
 
 def test_a_token_is_asked_for_anew_each_time() -> None:

@@ -72,7 +72,7 @@ def bench(images: tuple[str, ...], server: str, credentials: Credentials, **opti
         kinds = _kinds(options)
         _loads(options)
         _check(images, options)
-        with told_briefly(server):
+        with told_briefly(server, credentials):
             run = asyncio.run(_bench(server, credentials, images, kinds, options))
     except ValueError as error:
         if isinstance(error, CamserveError):
