@@ -14,6 +14,8 @@ import grpc
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import x25519
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from support.credentials import AUDIENCE, ISSUER, ec_key, jwks, key_entry, public_pem, replace, rsa_key, token
@@ -270,6 +272,33 @@ def test_a_token_key_that_leaves_the_file_takes_its_tokens_along(tmp_path):
         replace(path, jwks(new=new))
         soon(lambda: code(server, of_old) is grpc.StatusCode.UNAUTHENTICATED)
         assert grpc.StatusCode.OK is code(server, of_new)
+
+
+def test_a_file_that_its_reader_fails_on_is_not_the_last_one_read(tmp_path):
+    """A key of a kind that nobody here has heard of, or brackets without end: said as of any broken file, and the next counts."""
+    key_, path = ec_key(), tmp_path / "issuer.json"
+    replace(path, jwks(old=key_))
+    of_it = bearer(token(key_, headers={"kid": "old"}))
+    unheard_of = x25519.X25519PrivateKey.generate().public_key()
+    encoded = unheard_of.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    lines = base64.b64encode(encoded.replace(b"\x2b\x65\x6e", b"\x2b\x65\x05")).decode()
+    with serving(jwt_keys=path, jwt_audience=AUDIENCE) as server:
+
+        def stale() -> float:
+            return Metrics(server).value("camserve_stale_credentials", setting="jwt_keys")
+
+        soon(lambda: "camserve_stale_credentials{" in Metrics(server).text())
+        for broken in (
+            f"-----BEGIN PUBLIC KEY-----\n{lines}\n-----END PUBLIC KEY-----\n",
+            '{"keys":' + "[" * 100_000,
+        ):
+            replace(path, broken)
+            soon(lambda: stale() == 1)
+            assert grpc.StatusCode.OK is code(server, of_it)
+            replace(path, jwks(new=ec_key()))
+            soon(lambda: code(server, of_it) is grpc.StatusCode.UNAUTHENTICATED)
+            replace(path, jwks(old=key_))
+            soon(lambda: stale() == 0 and code(server, of_it) is grpc.StatusCode.OK)
 
 
 def test_a_server_that_knows_nobody_asks_nothing_of_its_own_machine(tmp_path):

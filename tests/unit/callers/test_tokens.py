@@ -183,7 +183,7 @@ def test_keys_come_as_pem_certificates_or_jwks():
         (b'{"keys": []}', "no public key"),
         (b'{"keys": [3]}', "no list of keys"),
         (b'{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', r"keys\[0\] is symmetric"),
-        (b'{"keys": [{"kty": "EC"}]}', r"keys\[0\] cannot be read"),
+        (b'{"keys": [{"kty": "EC"}]}', r"keys\[0\] \(kty 'EC'\) cannot be read"),
         (public_pem(rsa_key(1024)), "1024 bits"),
         (private_pem(KEY), "'PRIVATE KEY' is no public key"),
     ],
@@ -204,3 +204,14 @@ def test_a_key_that_says_its_algorithm_is_used_for_no_other():
     assert "robot" == caller_of_token(token(RSA, "RS256"), keys, RULES).name
     with pytest.raises(CamserveError, match="algorithm"):
         caller_of_token(token(RSA, "PS256"), keys, RULES)
+
+
+@pytest.mark.parametrize("change", [{"alg": "RS1"}, {"kty": None}, {"kty": "RSA2"}, {"n": 5}])
+def test_a_private_key_of_a_jwks_that_cannot_be_read_is_not_told(change):
+    """Who puts one there by mistake must not find it in a log as well."""
+    entry = {**jwt.algorithms.RSAAlgorithm.to_jwk(RSA, as_dict=True), **change}
+
+    with pytest.raises(ValueError, match=r"keys\[0\] .*cannot be read") as caught:
+        read_token_keys(json.dumps({"keys": [{name: value for name, value in entry.items() if value}]}).encode())
+
+    assert entry["d"] not in str(caught.value)

@@ -50,7 +50,7 @@ class Reloaded(Generic[_T_co]):
         try:
             self._seen: tuple[bytes, ...] | str = self._bytes()
             self.value = read(*self._seen)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise ValueError(f"{name}: {self._where(error)}") from error
 
     def look(self) -> str | None:
@@ -70,7 +70,7 @@ class Reloaded(Generic[_T_co]):
             return found
         try:
             self.value = self._read(*found)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001 - whatever a file makes of its reader, the next one is read again
             return self._where(error)
         return ""
 
@@ -78,7 +78,11 @@ class Reloaded(Generic[_T_co]):
         return tuple(path.read_bytes() for path in self.paths)
 
     def _where(self, error: Exception) -> str:
-        return unreadable(error) if isinstance(error, OSError) else f"{', '.join(map(str, self.paths))}: {error}"
+        if isinstance(error, OSError):
+            return unreadable(error)
+        # Of errors that no reader meant to raise the text is not told: it may hold a piece of the file.
+        said = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__})"
+        return f"{', '.join(map(str, self.paths))}: {said}"
 
 
 async def follow(files: Sequence[Reloaded[Any]], metrics: Metrics) -> None:

@@ -179,7 +179,14 @@ def _of_jwk(entry: dict[str, Any], index: int) -> TokenKey:
     try:
         read = jwt.PyJWK.from_dict(entry)
     except (jwt.PyJWTError, ValueError) as error:
-        raise ValueError(f"keys[{index}] cannot be read: {error}") from error
+        # The library's own text is not handed on: it may hold the whole key, and by mistake that is a private one.
+        kind = ", ".join(
+            f"{name} {entry[name]!r}" for name in ("kty", "crv", "alg") if isinstance(entry.get(name), str)
+        )
+        raise ValueError(
+            f"keys[{index}] ({kind or 'without kty'}) cannot be read: something is missing or wrong in it, or nothing here is "
+            "of its kind"
+        ) from error
     public = _public(read.key)
     algorithms = _algorithms(public, f"keys[{index}]")
     if "alg" in entry:
