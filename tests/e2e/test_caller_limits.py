@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 import numpy as np
 import pytest
+from support import oip
 from support.gated import GATE, gated_source
 from support.nets import TinyNet
 from support.servers import Metrics, script_source, until
@@ -47,6 +48,24 @@ def test_who_asks_too_often_is_refused_until_a_time(seldom, other_host):
     assert 0 < caught.value.retry_after <= 1000
     assert 1 == Metrics(seldom).value("camserve_rejected_total", reason="RATE_LIMITED")
     assert 1 == Metrics(seldom).value("camserve_requests_total", code="RESOURCE_EXHAUSTED", model="")
+
+
+def test_each_row_of_a_batch_counts_and_a_batch_is_whole(serve, tmp_path):
+    """More rows than there may ever be are told how many may; so many are let in, and then nothing is left."""
+    source = script_source("tiny", TinyNet(), tmp_path)
+    server = serve(source, caller_requests_per_second=0.001, caller_burst=4, caller_concurrency=3)
+    with grpc.insecure_channel(server.target) as channel:
+
+        def ask(rows: int) -> None:
+            oip.Stub(channel).ModelInfer(oip.request("tiny", {"input": np.zeros((rows, 3, 32, 32), np.float32)}))
+
+        with pytest.raises(grpc.RpcError, match="at most 3 rows") as caught:
+            ask(4)
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED is caught.value.code()
+        assert from_rpc_error(caught.value).retry_after is None
+        ask(3)
+        with pytest.raises(grpc.RpcError, match="caller_burst"):
+            ask(1)
 
 
 def test_connections_of_a_host_are_one_caller(seldom):

@@ -132,6 +132,51 @@ def test_callers_do_not_count_for_each_other(clock, metrics):
         ask(turnstile, "greedy")
 
 
+def test_a_batch_is_let_in_as_a_whole_or_costs_nothing(clock, metrics):
+    """Who comes back when told is let in: the rows that were refused have not used up what they waited for."""
+    turnstile = Turnstile(lambda _: CallerLimits(requests_per_second=1, burst=4), metrics, clock=clock)
+
+    def batch() -> None:
+        with turnstile.request("one"), turnstile.request("one", rows=4, counted=1):
+            pass
+
+    batch()
+    clock.now += 2.0
+    with pytest.raises(Overloaded) as caught:
+        batch()
+    # One of the two was used by the call that brought the batch.
+    assert pytest.approx(3.0) == caught.value.retry_after_seconds
+    clock.now += caught.value.retry_after_seconds
+    batch()
+
+    assert 1 == refusals(metrics, Reason.RATE_LIMITED)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "setting"),
+    [
+        (CallerLimits(requests_per_second=1, burst=4), Reason.RATE_LIMITED, "caller_burst"),
+        (CallerLimits(concurrency=4), Reason.TOO_MANY_CONCURRENT, "caller_concurrency"),
+    ],
+)
+def test_a_batch_that_can_never_be_let_in_is_told_no_time(clock, metrics, limits, reason, setting):
+    """It is told how many rows can, and nobody waits in vain; nothing of it stays."""
+    turnstile = Turnstile(lambda _: limits, metrics, clock=clock)
+    with (
+        turnstile.request("one"),
+        pytest.raises(Overloaded, match=f"at most 4 rows.*|.*{setting}") as caught,
+        turnstile.request("one", rows=5, counted=1),
+    ):
+        pass
+
+    assert (reason, None, "5") == (caught.value.reason, caught.value.retry_after_seconds, caught.value.metadata["rows"])
+    assert setting == caught.value.metadata["setting"]
+    clock.now += 1
+    with turnstile.request("one"), turnstile.request("one", rows=4, counted=1):
+        pass
+    assert 1 == refusals(metrics, reason)
+
+
 def test_nothing_is_kept_of_who_has_left(clock, metrics):
     """A caller that is not inside and has its full allowance is forgotten when others come."""
     turnstile = Turnstile(lambda _: RATE, metrics, clock=clock)

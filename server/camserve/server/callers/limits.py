@@ -49,14 +49,14 @@ class Bucket:
         """When nothing is missing any more; from then on the caller is as one that never came."""
         return self.at + self.missing / limits.requests_per_second
 
-    def wait(self, now: float, limits: CallerLimits) -> float:
-        """Seconds until the next request would be let in; 0 if it is now."""
-        wanting = self._missing(now, limits) + 1.0 - limits.tokens
+    def wait(self, now: float, limits: CallerLimits, count: int = 1) -> float:
+        """Seconds until the next request, or so many at once, would be let in; 0 if it is now."""
+        wanting = self._missing(now, limits) + count - limits.tokens
         return wanting / limits.requests_per_second if wanting > _HAIR else 0.0
 
-    def taken(self, now: float, limits: CallerLimits) -> Bucket:
-        """What has been used when a request is let in."""
-        return Bucket(self._missing(now, limits) + 1.0, now)
+    def taken(self, now: float, limits: CallerLimits, count: int = 1) -> Bucket:
+        """What has been used when a request, or so many at once, are let in."""
+        return Bucket(self._missing(now, limits) + count, now)
 
     def _missing(self, now: float, limits: CallerLimits) -> float:
         return max(self.missing - (now - self.at) * limits.requests_per_second, 0.0)

@@ -131,10 +131,8 @@ class Inference:
             record.specs, record.lane = len(first.specs), first.lane
             record.deadline = math.inf if first.deadline is None else first.deadline
             try:
-                with contextlib.ExitStack() as counted:
-                    # One request of the caller's was counted with the call; each further row is one as well.
-                    for _ in asked.jobs[1:]:
-                        counted.enter_context(self._turnstile.request(first.caller))
+                # One request of the caller's was counted with the call; each further row is one as well.
+                with self._turnstile.request(first.caller, rows=len(asked.jobs), counted=1):
                     async with contextlib.aclosing(self._steps(asked, model, record, always_predicts)) as steps:
                         async for step in steps:
                             yield step
