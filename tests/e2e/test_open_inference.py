@@ -353,6 +353,7 @@ BAD = [
     ({"outputs": {"heatmap": {"target": 99}}}, "INVALID_ARGUMENT", ("99",)),
     ({"outputs": {"heatmap": {"target": "{}}"}}}, "INVALID_ARGUMENT", ("no JSON",)),
     ({"outputs": {"heatmap": {"samples": 0.5}}}, "INVALID_ARGUMENT", ("whole number",)),
+    ({"outputs": {"heatmap": {"target": r'{"above": {"probability": "\ud800"}}'}}}, "INVALID_ARGUMENT", ("no JSON",)),
     ({"outputs": {"heatmap": {"format": "overlay-png"}}}, "INVALID_ARGUMENT", ("outputs[heatmap].encoding",)),
     ({"outputs": {"logits": {"method": "cam"}}}, "INVALID_ARGUMENT", ("classification",)),
     ({"parameters": {"explain.methd": "cam"}}, "INVALID_ARGUMENT", ("explain.method",)),

@@ -357,6 +357,16 @@ async def test_no_refusal_is_too_long_for_the_trailers(service, name):
     assert error.details()[:20] == raised.message[:20]
 
 
+async def test_a_text_that_utf8_cannot_hold_is_told_all_the_same(service):
+    """Half a surrogate pair comes from names of files and from JSON; the refusal that names it arrives, escaped."""
+    raised = InvalidRequest(Reason.FIELD_INVALID, "'\ud800' is no name", field="\ud800", metadata={"name": "\ud800"})
+
+    error = await end_of(service, raised, streaming=True)
+
+    assert (grpc.StatusCode.INVALID_ARGUMENT, r"'\ud800' is no name") == (error.code(), error.details())
+    assert r"\ud800" == details_of(status_of(error))["ErrorInfo"].metadata["name"]
+
+
 async def test_concurrent_calls_have_records_of_their_own(service, capsys):
     """What one call notes is not written under another."""
     both = asyncio.Barrier(2)

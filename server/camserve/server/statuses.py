@@ -64,6 +64,8 @@ def _within_trailers(error: CamserveError) -> status_pb2.Status:
 
 def _shortened(error: CamserveError, longest: int) -> CamserveError:
     def cut(text: str) -> str:
+        # Names that came by ways other than protobuf's may hold what UTF-8 cannot: a refusal must not fail over it.
+        text = text.encode(errors="backslashreplace").decode()
         return text if len(text) <= longest else text[: longest - 2] + " …"
 
     return type(error)(

@@ -42,13 +42,17 @@ def _target(value: Value, field: str) -> object:
     if not said.startswith("{"):
         return {"class_label": value}
     try:
-        return json.loads(said)
+        found = json.loads(said)
+        if "\\u" in said:
+            # Half a surrogate pair is JSON but no text: neither a message nor the refusal that names it could hold it.
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
             Reason.FIELD_INVALID,
             f'{field} is no JSON: {error}; write a class index, a label, or a table such as {{"top": {{"k": 3}}}}',
             field=field,
         ) from error
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
