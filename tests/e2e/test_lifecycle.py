@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -201,6 +202,25 @@ print(sorted(name for name in sys.modules if name in heavy))
     )
 
     assert "[]\n" == done.stdout
+
+
+@pytest.mark.parametrize("kind", ["port", "socket"])
+def test_an_address_that_cannot_be_had_is_told_with_the_reason(kind, tmp_path):
+    """The system's words, not how to debug gRPC."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}" if kind == "port" else f"unix:{tmp_path / 'absent' / 'socket'}"
+        done = subprocess.run(  # noqa: S603 - our own command
+            [CAMSERVE, "serve", "--listen", address, "--metrics-listen", ""],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    why = "Address already in use" if kind == "port" else "no socket can be made there"
+    assert 1 == done.returncode
+    assert f"Error: cannot listen: listen {address}: {why}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

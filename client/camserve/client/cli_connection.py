@@ -80,10 +80,17 @@ def told_briefly(server: str, credentials: Credentials) -> Iterator[None]:
     except Unavailable as error:
         if error.reason:  # A camserve answered: it is draining or loading.
             raise click.ClickException(str(error)) from error
-        why = error.message.rsplit(": ", 1)[-1]  # What comes before are gRPC's layers.
+        why = _cause(error.message)
         raise click.ClickException(f"no camserve at {server} ({why}); {_advice(why, credentials)}") from error
     except CamserveError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _cause(message: str) -> str:
+    """The innermost of gRPC's layers; after a handshake that failed there is an OK behind it."""
+    if "WRONG_VERSION_NUMBER" in message:
+        return "it speaks no TLS"
+    return message.removesuffix(": OK").rsplit(": ", 1)[-1]
 
 
 def _advice(why: str, credentials: Credentials) -> str:

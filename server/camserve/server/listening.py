@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -23,14 +24,39 @@ def open_port(server: Any, listen: str, tls: Reloaded[TlsFiles] | None) -> int:
         The port.
 
     Raises:
-        RuntimeError: it cannot be bound.
+        OSError: it cannot be bound; the text says why.
     """
+    try:
+        return _bound(server, listen, tls)
+    except RuntimeError as error:
+        raise OSError(f"listen {listen}: {_why_not(listen)}") from error
+
+
+def _bound(server: Any, listen: str, tls: Reloaded[TlsFiles] | None) -> int:
     if tls is None:
         return int(server.add_insecure_port(listen))
     credentials = grpc.dynamic_ssl_server_credentials(
         _configuration(tls.value), _Fetch(tls), require_client_authentication=tls.value.client_ca is not None
     )
     return int(server.add_secure_port(listen, credentials))
+
+
+def _why_not(listen: str) -> str:
+    """What the system says of an address that gRPC could not bind; gRPC's own text is about its debugging."""
+    if listen.startswith("unix:"):
+        return "no socket can be made there; look at the folder and its rights, and whether the path is too long"
+    host, _, port = listen.rpartition(":")
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+                tried.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "it could not be bound"
 
 
 class _Fetch:
