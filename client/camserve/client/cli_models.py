@@ -90,9 +90,9 @@ _timeout_option = click.option(
 @connection_options
 @_timeout_option
 def load(name: str, model_version: str | None, server: str, credentials: Credentials, timeout: float) -> None:
-    """Load NAME from the server's repository, or what has changed of it, and wait until it serves.
+    """Load NAME from the server's repository.
 
-    Without a version, those serve that its model.toml asks for, and no others.
+    What has changed of it is loaded anew; waits until it serves. Without a version, those serve that its model.toml asks for, and no others.
     """
     with told_briefly(server, credentials), Client(server, credentials=credentials) as client:
         card = client.load_model(name, model_version, timeout=timeout)
@@ -105,7 +105,10 @@ def load(name: str, model_version: str | None, server: str, credentials: Credent
 @connection_options
 @_timeout_option
 def unload(name: str, model_version: str | None, server: str, credentials: Credentials, timeout: float) -> None:
-    """Unload NAME, or one version of it, and wait until its last request is answered and its memory is free."""
+    """Unload NAME, or one version of it.
+
+    Waits until its last request is answered and its memory is free.
+    """
     with told_briefly(server, credentials), Client(server, credentials=credentials) as client:
         client.unload_model(name, model_version, timeout=timeout)
     click.echo(f"{name}{f' version {model_version}' if model_version else ''} is unloaded")

@@ -97,7 +97,10 @@ def add(
     not_before: dt.datetime | None,
     path: Path,
 ) -> None:
-    """Make a key for the caller NAME and print it, this once: only its hash is kept."""
+    """Make a key for the caller NAME, and print it.
+
+    This once: only its hash is kept in the file.
+    """
     if complaint := name_complaint(name):
         raise click.UsageError(complaint)
     if expires is not None and not_before is not None and expires <= not_before:
@@ -151,7 +154,10 @@ def list_keys(path: Path, as_json: bool) -> None:  # noqa: FBT001  # click's fla
 @click.option("--id", "key_id", help="Of the one key that is meant, as `camserve keys list` shows it.")
 @_file
 def revoke(name: str, key_id: str | None, path: Path) -> None:
-    """Take the keys of the caller NAME out of the file: from then on they open nothing."""
+    """Take the keys of the caller NAME out of the file.
+
+    From then on they open nothing; a running server follows within a second.
+    """
     with _changing(path) as text:
         entries = [entry for entry in read_caller_file(text.encode()).key if entry.name == name]
         leaving = [entry for entry in entries if key_id is None or _id_of(entry) == key_id]
