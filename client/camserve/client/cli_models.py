@@ -92,7 +92,8 @@ _timeout_option = click.option(
 def load(name: str, model_version: str | None, server: str, credentials: Credentials, timeout: float) -> None:
     """Load NAME from the server's repository.
 
-    What has changed of it is loaded anew; waits until it serves. Without a version, those serve that its model.toml asks for, and no others.
+    What has changed of it is loaded anew; waits until it serves. Without a version, those serve that its model.toml asks for,
+    and no others.
     """
     with told_briefly(server, credentials), Client(server, credentials=credentials) as client:
         card = client.load_model(name, model_version, timeout=timeout)
