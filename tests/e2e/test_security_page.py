@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs/security.md").read_text(enco
 USED = {
     "API keys": ["sh", "sh", "python", "toml"],
     "Tokens": ["sh", "toml", "python"],
-    "TLS": ["sh", "sh"],
+    "TLS": ["sh", "sh", "sh"],
     "Mutual TLS": ["sh", "toml", "python"],
     "Everybody": ["sh"],
 }
@@ -139,12 +140,14 @@ def test_tokens():
 
 
 def test_tls():
-    """A public address with keys; the shell trusts the authority, and so does Python."""
+    """Certificates as OpenSSL makes them, a public address with keys; the shell trusts the authority, and so does Python."""
+    made = ["sh", "-e", "-c", example("TLS", "sh")]
+    subprocess.run(made, check=True, capture_output=True)  # noqa: S603 - the page's own text
     key = made_keys()
-    export, models = lines("TLS", 1)
+    export, models = lines("TLS", 2)
     variable, _, value = export.removeprefix("export ").partition("=")
 
-    with started(lines("TLS")[0]) as server:
+    with started(lines("TLS", 1)[0]) as server:
         line = models.replace("gpu7:50051", f"localhost:{server.app.port}")
         assert line != models
         assert 0 == command(line, CAMSERVE_API_KEY=key, **{variable: value}).exit_code
