@@ -192,6 +192,8 @@ def test_no_caller_can_take_the_whole_door_unless_told(max_requests, asked, conc
     [
         ({"jwt_keys": "issuer.pem"}, "jwt_keys needs jwt_audience"),
         ({"jwt_keys": "issuer.pem", "jwt_audience": ""}, "jwt_keys needs jwt_audience"),
+        ({"jwt_audience": "camserve"}, "need jwt_keys"),
+        ({"jwt_issuer": "https://issuer.example"}, "need jwt_keys"),
         ({"tls_certificate": "server.pem"}, "come together"),
         ({"tls_key": "server.key"}, "come together"),
         ({"tls_client_ca": "ca.pem"}, "needs tls_certificate"),

@@ -229,6 +229,9 @@ class Settings(BaseSettings):
             raise ValueError(
                 "jwt_keys needs jwt_audience: tokens that were made for other services must not open this one"
             )
+        if self.jwt_keys is None and (self.jwt_audience or self.jwt_issuer):
+            # Who means tokens to be asked for must not get a server that asks for nothing.
+            raise ValueError("jwt_audience and jwt_issuer need jwt_keys: without keys no token is read")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key come together: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:

@@ -38,6 +38,10 @@ def test_keys_and_certificates_are_read():
         (f'[[key]]\nname = "a"\nsha256 = "{HASH}"\nroles = ["admin"]\nexpires = 2030-01-01T00:00:00', "timezone"),
         (f'[[key]]\nname = "a"\nsha256 = "{HASH}"\nroles = ["admin"]\nexpire = 2030-01-01', r"key\[0\].expire: Extra"),
         ('[[keys]]\nname = "a"', "keys: Extra"),
+        (
+            '[[certificate]]\nidentity = "*"\nroles = ["explain"]\nconcurrency = 1',
+            r"certificate\[0\].*nobody's: give it a name",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(content, why):

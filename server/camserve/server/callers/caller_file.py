@@ -6,9 +6,18 @@ Read by `credentials.py` at the start and again whenever it changes; written by 
 from __future__ import annotations
 
 import tomllib
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from camserve.server.callers.caller import Role, name_complaint
 
@@ -81,9 +90,20 @@ class CertificateEntry(_LimitedEntry):
     name: _Name | None = None
     roles: _Roles
 
+    @model_validator(mode="after")
+    def _limits_are_somebodys(self) -> Self:
+        # Every certificate is then a caller of its own, by a name that is not known here.
+        has_limits = not (self.requests_per_second is None and self.burst is None and self.concurrency is None)
+        if has_limits and self.identity == "*" and self.name is None:
+            raise ValueError(
+                "limits of identity '*' would be nobody's: give it a name, which all of them share, or set caller_concurrency, "
+                "caller_requests_per_second and caller_burst for everybody"
+            )
+        return self
+
     @property
     def caller_name(self) -> str:
-        """Whose limits these are; of `*` without a name nobody's, since every certificate is then a caller of its own."""
+        """Whose limits these are."""
         return self.name or self.identity
 
 
