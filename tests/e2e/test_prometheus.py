@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 
 import grpc
 import pytest
+from support.credentials import key_entry
 from support.deployed import DEPLOY, ROOT, RULES, dashboard_queries, metric_names
 from support.identity import MODELS, Kind, request, write_repository
 from support.load import Served, served_folder
 from support.prometheus import Prometheus, prometheus
 from support.streams import draw, send_all
 
+from camserve.client import Client, Credentials, Unauthenticated
 from camserve.v1 import explanation_service_pb2_grpc
 
 pytestmark = pytest.mark.needs_prometheus
@@ -34,7 +36,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         card.write('\n[[explain]]\nname = "audit"\nsample = 0.0\nmethod = "grad-cam"\n')
     (repository / "broken" / "1").mkdir(parents=True)
     (repository / "broken" / "1" / "model.pt").write_bytes(b"no archive")
-    with served_folder(repository, folder / "log", **SETTINGS) as server:
+    # It knows a caller, and lets everybody else explain.
+    callers = folder / "callers.toml"
+    callers.write_text(key_entry("line-3", ["explain"])[1], encoding="utf-8")
+    with served_folder(repository, folder / "log", **SETTINGS, callers=str(callers), allow_anonymous=True) as server:
         yield server
 
 
@@ -97,7 +102,7 @@ def test_counts_are_those_of_what_was_sent(watched, sent):
 
 @pytest.fixture(scope="module")
 def stormed(served: Served, watched: Prometheus) -> Prometheus:
-    """After a storm in which callers left, seen by Prometheus."""
+    """After a storm in which callers left, and a wrong key, seen by Prometheus."""
     asyncio.run(send_all(served.process.target, draw(300, seed=3), concurrency=32, is_checked=False))
     # Callers who left early may not have reached it, so the server tells how many it saw.
     watched.wait(
@@ -105,6 +110,10 @@ def stormed(served: Served, watched: Prometheus) -> Prometheus:
         "every request of the storm",
     )
     watched.wait(lambda: watched.value("count(camserve_cancelled_total)") is not None, "somebody left")
+    stranger = Client(served.process.target, credentials=Credentials(api_key="camserve_mistyped"))
+    with stranger, pytest.raises(Unauthenticated):
+        stranger.models()
+    watched.wait(lambda: watched.value("camserve_refused_callers_total") == 1, "somebody was refused")
     return watched
 
 
