@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -21,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from camserve.client import AsyncClient, NotFound, Spec, Unavailable
+from camserve.server.oip.messages import ModelInferRequest, ModelInferResponse
 
 MODEL = "resnet50"
 _BOUNDARY = b"camserve-peers"
@@ -110,19 +109,16 @@ async def http(port: int, *, path: str, is_upload: bool) -> AsyncIterator[Ask]:
 @asynccontextmanager
 async def open_inference(port: int) -> AsyncIterator[Ask]:
     """The Open Inference Protocol over gRPC."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    messages = grpc.protos("open_inference.proto")
-    sys.path.pop(0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         infer = channel.unary_unary(
             "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=messages.ModelInferRequest.SerializeToString,
-            response_deserializer=messages.ModelInferResponse.FromString,
+            request_serializer=ModelInferRequest.SerializeToString,
+            response_deserializer=ModelInferResponse.FromString,
         )
 
         async def ask(jpeg: bytes) -> Answer:
             tensor = {"name": "image", "datatype": "BYTES", "shape": [1, 1], "contents": {"bytes_contents": [jpeg]}}
-            request = messages.ModelInferRequest(model_name=MODEL, inputs=[tensor])
+            request = ModelInferRequest(model_name=MODEL, inputs=[tensor])
             try:
                 reply = await infer(request, timeout=_PATIENCE_SECONDS)
             except grpc.aio.AioRpcError as error:
