@@ -279,6 +279,13 @@ def test_every_option_reaches_its_field():
     assert 29 == len(OPTIONS)
 
 
+def test_tensors_go_as_they_are():
+    """Contents of this protocol are cells or a whole file: its clients know no compression on top of that."""
+    (heatmap,) = asked(with_output()).heatmaps
+
+    assert not heatmap.spec.may_compress
+
+
 def test_an_outputs_name_may_be_its_method():
     """Unless a parameter names one; without either it is Grad-CAM, exact."""
     named = read_options(0, "heatmap:layercam", {}, card())
