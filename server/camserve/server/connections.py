@@ -12,8 +12,9 @@ from camserve.server.settings import Settings
 
 __all__ = ["connection_options", "most_connections"]
 
-# Enough for most tensors and many pictures to arrive while their call begins.
-_LOOKAHEAD_BYTES = 64 << 10
+# Enough for a tensor of 3 x 224 x 224 in float32, and for most pictures, to arrive while their call begins: what is larger waits
+# for one more turn of the network. Small enough that many calls whose messages nobody reads yet do not fill the memory.
+_LOOKAHEAD_BYTES = 640 << 10
 # What gRPC means by for ever.
 _NEVER_MS = (1 << 31) - 1
 

@@ -1,7 +1,7 @@
 """Messages on their way in: how many are taken in at once, and how long each may take.
 
 `interceptors.py` has every call of one message wait here before gRPC reads it. Until then gRPC holds no more of it than a window
-of 64 KiB; from then on all that arrives, up to the largest message. So the places here bound what half-sent messages hold, and
+of 640 KiB; from then on all that arrives, up to the largest message. So the places here bound what half-sent messages hold, and
 a caller who sends a byte now and then loses its place. Lives on the event loop; no locks of threads.
 """
 
