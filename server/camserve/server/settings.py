@@ -281,6 +281,7 @@ class Settings(BaseSettings):
             },
             window_seconds=self.batch_window_seconds,
             max_pass_seconds=self.max_pass_seconds,
+            slice_seconds=self.slice_seconds,
         )
 
 

@@ -176,6 +176,35 @@ def test_a_rider_whose_lane_has_had_its_share_stays_when_somebody_else_waits() -
     assert ((0,), Cut.SHARE) == (decided.tickets, decided.cut)
 
 
+def test_who_is_far_ahead_does_not_fill_the_pass_of_another() -> None:
+    """Rows of a caller that had the last pass add a slice at most to that of one who had none, if they do not all fit anyway."""
+    costs = FixedCosts.of(fixed=0.01, per_row=0.01)
+    limits = Limits(max_pass_seconds=1.0, slice_seconds=0.02)
+    greedy = [candidate(ticket, caller="greedy", max_rows=4) for ticket in range(8)]
+    modest = candidate(8, caller="modest", max_rows=4)
+    first = plan(greedy, costs=costs, limits=limits)
+    assert ((0, 1, 2, 3), Cut.ROWS) == (first.tickets, first.cut)
+
+    second = plan([*greedy[4:], modest], shares=first.shares, costs=costs, limits=limits)
+    assert ((8, 4, 5), Cut.CALLER) == (second.tickets, second.cut)
+    together = plan([*greedy[4:7], modest], shares=first.shares, costs=costs, limits=limits)
+    assert ((8, 4, 5, 6), Cut.ROWS) == (together.tickets, together.cut)
+    cheap = FixedCosts.of(fixed=0.05, per_row=0.001)
+    assert 4 == len(plan([*greedy[4:], modest], shares=first.shares, costs=cheap, limits=limits).tickets)
+
+
+def test_callers_that_ask_alike_fill_passes() -> None:
+    """Among many of them some have had a row more than others, which makes no pass smaller."""
+    costs = FixedCosts.of(fixed=0.0, per_row=0.05)
+    limits = Limits(max_pass_seconds=10.0, slice_seconds=0.001)
+    shares, waiting = Shares(), [candidate(ticket, caller=f"c{ticket % 6}", max_rows=4) for ticket in range(12)]
+    for _ in range(3):
+        decided = plan(waiting, shares=shares, costs=costs, limits=limits)
+        assert 4 == len(decided.tickets)
+        shares = decided.shares
+        waiting = [entry for entry in waiting if entry.ticket not in decided.tickets]
+
+
 def test_a_batch_is_no_longer_than_a_slice() -> None:
     """Rows are added only while the pass stays within the slice, but one row runs whatever it takes."""
     waiting = [candidate(ticket, max_rows=16) for ticket in range(8)]

@@ -5,7 +5,7 @@
 1. The lane that has had least of its share is due; within it passes, unless chunks of amplified work lag behind their share;
    within those, callers that have not had more than others before those that have, then the earliest deadline, then arrival.
 2. The first of these whose batch need not be waited for is the head. Rows of its key fill the batch: those of its lane, then
-   riders of other lanes.
+   riders of other lanes. Callers that have had far more than the head's lengthen its pass by a slice at most.
 3. Rows of different depths ride together, unless apart they take the device clearly less time; the head's part goes.
 """
 
@@ -38,6 +38,9 @@ _CHUNKS_LAG_SECONDS = 0.25
 # Passes apart must be predicted to take no more than this part of one together: estimates scatter, they count rows that want less
 # than the deepest as if they wanted its maps as well, and each pass more is one more wait for those behind it.
 _CLEARLY_CHEAPER = 0.75
+# Who is ahead by more than this part of a full pass has had far more. Among callers that ask alike each pays for few rows of one,
+# and for half of the smallest, with two.
+_FAR_AHEAD = 0.6
 # Who has waited so long goes before those whose caller has had less: a share must not become a wait for ever.
 _LONGEST_SECONDS = 60.0
 # Of lanes that have had the same, the more urgent goes first.
@@ -62,11 +65,13 @@ class Limits:
         weights: part of the device of each lane, while all wait.
         window_seconds: longest that a pass waits for requests that are known or likely to come.
         max_pass_seconds: rows are added to a batch only while it is predicted to take no longer than this.
+        slice_seconds: what rows of callers that have had far more may add to the pass of one that has had less.
     """
 
     weights: Mapping[Lane, float] = dataclasses.field(default_factory=lambda: WEIGHTS)
     window_seconds: float = 0.005
     max_pass_seconds: float = 0.5
+    slice_seconds: float = 0.02
 
 
 class Cut(enum.StrEnum):
@@ -82,6 +87,8 @@ class Cut(enum.StrEnum):
     """The others go further or less far back: passes of their own are cheaper."""
     SHARE = "share"
     """The others' lanes have had their share, and somebody else waits."""
+    CALLER = "caller"
+    """The others' callers have had far more, and would keep one waiting who has had less."""
     WINDOW = "window"
     """Nobody else came within the window."""
     IDLE = "idle"
@@ -316,6 +323,8 @@ class _Desk:
     ) -> tuple[list[Candidate], int, Cut | None]:
         """Those of a pool that ride with a head, how far back they go, and why no more do."""
         key, most = head.key, head.max_rows
+        crowd = self._crowd(head, pool)
+        owed = 0
         chosen: list[Candidate] = []
         parts: dict[Lane, int] = collections.Counter()
         depth, tightest = 0, math.inf
@@ -342,12 +351,26 @@ class _Desk:
             if chosen and self._now + seconds > tightest:
                 left_out = Cut.DEADLINE
                 break
+            if entry.caller not in crowd:
+                owed += 1
+            elif seconds > line.seconds(owed) + self._limits.slice_seconds:
+                left_out = left_out or Cut.CALLER
+                continue
             chosen.append(entry)
             parts[entry.lane] += 1
             depth = deepest
             if self._now + seconds <= entry.deadline:
                 tightest = min(tightest, entry.deadline)
         return chosen, depth, left_out
+
+    def _crowd(self, head: Candidate, pool: Sequence[Candidate]) -> Collection[str]:
+        """Callers that have had far more than the head's: where not all of a pool fit into one pass, theirs is the next one."""
+        line = self._line(head.key, max(entry.depth for entry in pool))
+        if len(pool) <= head.max_rows or not line.is_known:
+            return ()
+        account = self._shares.of_callers(head.lane)
+        ahead = account.standing(head.caller) + _FAR_AHEAD * line.seconds(head.max_rows)
+        return {caller for caller in {entry.caller for entry in pool} if account.standing(caller) > ahead}
 
     def _pool(self, head: Candidate) -> list[Candidate]:
         """All that could ride with a head, itself first: its lane in turn, then riders by deadline."""
