@@ -42,6 +42,12 @@ class _RichStatus(grpc.Status):  # type: ignore[misc]  # Untyped upstream.
         self.code, self.details, self.trailing_metadata = code, details, trailing_metadata
 
 
+def when_left(context: grpc.ServicerContext, event: threading.Event) -> None:
+    """Sets an event when the caller is gone, also where it was gone before the handler began."""
+    if not context.add_callback(event.set):
+        event.set()
+
+
 class Peer(explanation_service_pb2_grpc.ExplanationServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
     """Answers with a 2 x 2 map for each spec.
 

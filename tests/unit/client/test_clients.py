@@ -29,7 +29,7 @@ from camserve.client import (
     TopK,
 )
 from camserve.v1 import explanation_service_pb2
-from tests.unit.client.conftest import Peer, heatmap, prediction, summary
+from tests.unit.client.conftest import Peer, heatmap, prediction, summary, when_left
 
 Responses = Iterator[explanation_service_pb2.ExplainResponse]
 
@@ -38,7 +38,7 @@ def _until_left(peer: Peer) -> None:
     """Lets the peer send its prediction and then wait until the caller is gone."""
 
     def answer(request: explanation_service_pb2.ExplainRequest, context: grpc.ServicerContext) -> Responses:
-        context.add_callback(peer.cancelled.set)
+        when_left(context, peer.cancelled)
         yield prediction()
         peer.cancelled.wait(120)
 
@@ -303,7 +303,7 @@ def test_leaving_many_early_cancels_what_is_under_way(peer: Peer, client: Client
 
     def answer(request: explanation_service_pb2.ExplainRequest, context: grpc.ServicerContext) -> Responses:
         if first_is_done.is_set():
-            context.add_callback(peer.cancelled.set)
+            when_left(context, peer.cancelled)
             yield prediction()
             peer.cancelled.wait(120)
         else:

@@ -24,7 +24,7 @@ from camserve.client.bench import (
     run_step,
 )
 from camserve.v1 import explanation_service_pb2
-from tests.unit.client.conftest import Peer, prediction, status, summary
+from tests.unit.client.conftest import Peer, prediction, status, summary, when_left
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ async def test_a_limit_on_the_call_is_grpcs_own(peer: Peer, mix: Mix) -> None:
     def hold(
         request: explanation_service_pb2.ExplainRequest, context: grpc.ServicerContext
     ) -> Iterator[explanation_service_pb2.ExplainResponse]:
-        context.add_callback(waiting.set)
+        when_left(context, waiting)
         waiting.wait(120)
         yield summary(request)
 
