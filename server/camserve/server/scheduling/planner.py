@@ -364,9 +364,9 @@ class _Desk:
         return chosen, depth, left_out
 
     def _crowd(self, head: Candidate, pool: Sequence[Candidate]) -> Collection[str]:
-        """Callers that have had far more than the head's: where not all of a pool fit into one pass, theirs is the next one."""
+        """Callers that have had far more than the head's: theirs is the next pass."""
         line = self._line(head.key, max(entry.depth for entry in pool))
-        if len(pool) <= head.max_rows or not line.is_known:
+        if not line.is_known:
             return ()
         account = self._shares.of_callers(head.lane)
         ahead = account.standing(head.caller) + _FAR_AHEAD * line.seconds(head.max_rows)
